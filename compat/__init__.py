@@ -1,0 +1,1 @@
+"""Comparisons and measurements: run from the checkout, no part of the package."""

@@ -1,0 +1,62 @@
+"""The slowest sets while a database grows.
+
+Sets two million new keys, each one timed, and prints the ten slowest. Bound: none takes more than 20 ms. One segment
+holds them all, so that a stall is the index's and not that of an fsync at rotation; `--segment-size` adds rotation. The
+processor time says whether a slow set worked or waited.
+"""
+
+import argparse
+import heapq
+import sys
+from pathlib import Path
+from time import perf_counter_ns, thread_time_ns
+
+import dbm_bitcask
+from compat import dataset
+from compat.figures.measure import Verdicts, workplace
+
+NANOSECONDS_BOUND = 20_000_000
+SHOWN = 10
+
+
+def main() -> int:
+    """Measure and print the verdict."""
+    args = arguments()
+    verdicts = Verdicts()
+    with workplace(args.directory) as place:
+        slowest = time_sets(place / "slowest_sets.bitcask", args.keys, args.segment_size)
+    for elapsed, worked, number in slowest:
+        print(f"{elapsed / 1e6:9.3f} ms, of it {worked / 1e6:9.3f} ms processor time, at key {number:,}")
+    verdicts.check(slowest[0][0] <= NANOSECONDS_BOUND, f"no set of {args.keys:,} takes more than 20 ms")
+    return verdicts.status
+
+
+def arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keys", type=int, default=2_000_000)
+    parser.add_argument("--segment-size", type=int, default=2**30, help="bytes (default: %(default)s)")
+    parser.add_argument("--directory", type=Path, help="keep the database in this directory")
+    return parser.parse_args()
+
+
+def time_sets(path: Path, count: int, segment_size: int) -> list[tuple[int, int, int]]:
+    """Set the keys; return the slowest as nanoseconds, nanoseconds of processor time and number of the key."""
+    slowest: list[tuple[int, int, int]] = []
+    with dbm_bitcask.open(path, "n", segment_size=segment_size) as db:
+        for number in range(count):
+            key = dataset.key(number)
+            value = dataset.value(key)
+            worked, start = thread_time_ns(), perf_counter_ns()
+            db[key] = value
+            elapsed = perf_counter_ns() - start
+            measured = (elapsed, thread_time_ns() - worked, number)
+            if len(slowest) < SHOWN:
+                heapq.heappush(slowest, measured)
+            elif elapsed > slowest[0][0]:
+                heapq.heapreplace(slowest, measured)
+    return sorted(slowest, reverse=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

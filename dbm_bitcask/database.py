@@ -1,0 +1,359 @@
+"""Database: the mapping that a user of dbm sees. Knows flags, str and the errors of the standard library; leaves the rest to the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
+from typing import TYPE_CHECKING, Any, TypeVar, Union, overload
+
+from .engine import manifest, names
+from .engine.errors import FlagError, error
+from .engine.files import Directory
+from .engine.record import HEADER, LIMIT
+from .engine.segment import FIRST_RECORD
+from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, Stats, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from types import TracebackType
+    from typing import Literal
+
+    from typing_extensions import Self
+
+    Flag = Literal["r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns"]
+    Sync = Literal["never", "always"]
+
+__all__ = ["Database", "open", "whichdb"]
+
+Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+Bytes = Union[str, bytes, bytearray, memoryview]
+Default = TypeVar("Default")
+
+_ERR_CLOSED = "DBM object has already been closed"
+_ERR_READONLY = "The database is opened for reading only"
+_SIZE_LIMIT = LIMIT - FIRST_RECORD - HEADER.size - 8 - 8  # of key and value together: with an expiry and padding
+_MISSING = object()
+
+
+def open(
+    file: Path,
+    flag: Flag = "c",
+    mode: int = 0o666,
+    *,
+    sync: Sync | None = None,
+    segment_size: int = 64 * 2**20,
+) -> Database:
+    """Open the database at `file`, a directory.
+
+    `flag` is "r" (read only), "w" (read and write), "c" (the same, created if it does not exist) or "n" (always a new, empty one), followed
+    by at most one of "f" (sync="never") and "s" (sync="always"). `mode` is that of new files under the umask; a new directory also gets
+    the right to search it wherever it may be read.
+
+    `sync` says what survives a power cut; killing the process never loses what was acknowledged. "never", the default: everything up to the
+    last `sync()` or `close()`, and of what came later a prefix. "always": everything, at the price of an fsync for every change.
+    `segment_size` is the size in bytes, at least 4096, from which on a data file is closed and a new one begun.
+
+    Raises `error`; where there is no database and none is to be created, it is a FileNotFoundError, too; for an unknown flag a ValueError.
+    O(1), after a restart of the machine at most O(keys).
+    """
+    letter, always = _parse(flag, sync)
+    if not isinstance(segment_size, int) or not MINIMUM_SEGMENT <= segment_size <= MAXIMUM_SEGMENT:
+        raise ValueError(f"segment_size must be from {MINIMUM_SEGMENT} to {MAXIMUM_SEGMENT} bytes, not {segment_size!r}")
+    path = os.path.abspath(os.fsdecode(file))
+    try:
+        if letter == "r":
+            store = Store.open_reader(path)
+        elif letter == "n":
+            store = Store.open_new(path, mode=mode, always=always, segment_size=segment_size)
+        else:
+            store = Store.open_writer(path, create=letter == "c", mode=mode, always=always, segment_size=segment_size)
+    except OSError as failure:
+        raise _as_error(failure, path) from failure
+    return Database(store, path, writable=letter != "r")
+
+
+def _parse(flag: str, sync: str | None) -> tuple[str, bool]:
+    if not isinstance(flag, str) or flag[:1] not in ("r", "w", "c", "n") or flag[1:] not in ("", "f", "s"):
+        raise FlagError(f"Flag must be one of 'r', 'w', 'c', or 'n', not {flag!r}")
+    if sync not in (None, "never", "always"):
+        raise ValueError(f"sync must be 'never' or 'always', not {sync!r}")
+    meant = {"f": "never", "s": "always"}.get(flag[1:])
+    if meant is not None and sync not in (None, meant):
+        raise ValueError(f"flag {flag!r} means sync={meant!r}, and sync={sync!r} was given")
+    return flag[0], (meant or sync) == "always"
+
+
+def _as_error(failure: OSError, path: str) -> error:
+    """Every failure of the operating system as one of ours."""
+    if isinstance(failure, error):
+        return failure
+    return error(failure.errno, failure.strerror or str(failure), failure.filename or path)
+
+
+def whichdb(file: Path) -> str | None:
+    """"dbm_bitcask" if `file` is a database of ours, else None. Reads the first bytes of its manifest; never asks `dbm`."""
+    try:
+        head = Directory(os.fsdecode(file)).open(names.MANIFEST).read(len(manifest.MARKER), 0)
+    except OSError:
+        return None
+    return "dbm_bitcask" if head == manifest.MARKER else None
+
+
+def _as_bytes(data: Bytes, what: str) -> bytes:
+    if isinstance(data, str):
+        return data.encode()
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return bytes(data)
+    try:
+        return memoryview(data).tobytes()
+    except TypeError:
+        raise TypeError(f"{what} must be bytes or strings") from None
+
+
+class Database(MutableMapping[bytes, bytes]):
+    """A mapping of bytes to bytes on the disk, as `open` returns it.
+
+    Keys and values may be given as str (stored in UTF-8) or as any bytes-like object; they come back as bytes. Besides what every mutable
+    mapping has:
+
+        firstkey, nextkey        walk the keys one call at a time, as with dbm.gnu
+        sync, close              make durable; end the use (also as a context manager)
+        merge, reorganize        give back the space of what was overwritten and deleted
+        stats                    sizes and counts
+
+    Every method raises `error` when the database is closed, when it is damaged, or when the file system fails; those that change it also
+    if it was opened for reading only.
+
+    The database may be changed while it is iterated: every key that is present all the time is met exactly once, and the loop ends.
+    """
+
+    def __init__(self, store: Store, path: str, *, writable: bool) -> None:
+        self._store = store
+        self._log = store.log
+        self._path = path
+        self._writable = writable
+        self._cursor: tuple[bytes, Iterator[bytes]] | None = None
+
+    def __repr__(self) -> str:
+        state = "closed " if self._store.closed else ""
+        return f"<{state}dbm_bitcask database {self._path!r}>"
+
+    def _open_store(self) -> Store:
+        if self._store.closed:
+            raise error(_ERR_CLOSED)
+        return self._store
+
+    def _writable_store(self) -> Store:
+        if self._store.closed:
+            raise error(_ERR_CLOSED)
+        if not self._writable:
+            raise error(_ERR_READONLY)
+        return self._store
+
+    # One key.
+
+    def __getitem__(self, key: Bytes) -> bytes:
+        """The value of a key; KeyError if it is not there. O(1), verified."""
+        if type(key) is not bytes:
+            key = _as_bytes(key, "keys")
+        try:
+            value = self._log.get(key)
+        except OSError as failure:
+            raise _as_error(failure, self._path) from failure
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    @overload
+    def get(self, key: Bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: Bytes, default: Default) -> bytes | Default: ...
+    def get(self, key: Bytes, default: Any = None) -> Any:
+        """The value of a key, or `default` if it is not there. O(1), verified."""
+        if type(key) is not bytes:
+            key = _as_bytes(key, "keys")
+        try:
+            value = self._log.get(key)
+        except OSError as failure:
+            raise _as_error(failure, self._path) from failure
+        return default if value is None else value
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a key is there. O(1); the value is not read."""
+        store = self._open_store()
+        return self._call(store.contains, _as_bytes(key, "keys"))  # type: ignore[arg-type]
+
+    def __setitem__(self, key: Bytes, value: Bytes) -> None:
+        """Set a key. O(1): one record is appended."""
+        store = self._writable_store()
+        if type(key) is not bytes:
+            key = _as_bytes(key, "keys")
+        if type(value) is not bytes:
+            value = self._value(value)
+        if len(key) + len(value) > _SIZE_LIMIT:
+            raise ValueError(f"key and value have {len(key) + len(value)} bytes; at most {_SIZE_LIMIT} fit a record")
+        try:
+            store.set(key, value)
+        except OSError as failure:
+            raise _as_error(failure, self._path) from failure
+
+    def __delitem__(self, key: Bytes) -> None:
+        """Delete a key; KeyError if it is not there. O(1): a tombstone is appended."""
+        store = self._writable_store()
+        key = _as_bytes(key, "keys")
+        if not self._call(store.delete, key):
+            raise KeyError(key)
+
+    def setdefault(self, key: Bytes, default: Bytes = b"") -> bytes:
+        """The value of a key, which is set to `default` first if it is not there."""
+        store = self._writable_store()
+        return self._call(store.setdefault, _as_bytes(key, "keys"), self._value(default))
+
+    def pop(self, key: Bytes, default: Any = _MISSING) -> Any:
+        """Delete a key and return its value; `default` if it is not there, or KeyError without one."""
+        store = self._writable_store()
+        key = _as_bytes(key, "keys")
+        value = self._call(store.pop, key)
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise KeyError(key)
+        return default
+
+    def _value(self, value: Bytes) -> bytes:
+        size = value.nbytes if isinstance(value, memoryview) else len(value) if isinstance(value, (bytes, bytearray, str)) else 0
+        if size > _SIZE_LIMIT:  # before it is copied
+            raise ValueError(f"the value has {size} bytes; at most {_SIZE_LIMIT} fit a record")
+        return _as_bytes(value, "values")
+
+    # All keys.
+
+    def __len__(self) -> int:
+        """The number of keys. O(1)."""
+        return self._call(self._open_store().__len__)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The keys, in the order in which they were last written."""
+        return self._guarded(self._open_store().keys())
+
+    def keys(self) -> list[bytes]:  # type: ignore[override]
+        """The keys as a list, as all dbm modules return them; `iter(db)` needs no memory for them."""
+        return list(self)
+
+    def items(self) -> ItemsView[bytes, bytes]:
+        """A view of the keys with their values."""
+        self._open_store()
+        return _Items(self)
+
+    def values(self) -> ValuesView[bytes]:
+        """A view of the values."""
+        self._open_store()
+        return _Values(self)
+
+    def firstkey(self) -> bytes | None:
+        """The first key of a walk, or None if there is none."""
+        return self._advance(iter(self))
+
+    def nextkey(self, key: Bytes) -> bytes | None:
+        """The key behind this one, or None if it is the last; KeyError if it is not there.
+
+        O(1) in a loop that hands in what it got last, which meets every key exactly once.
+        """
+        key = _as_bytes(key, "keys")
+        store = self._open_store()
+        if self._cursor is not None and self._cursor[0] == key:
+            return self._advance(self._cursor[1])
+        return self._advance(self._guarded(self._call(store.keys_after, key)))
+
+    def _advance(self, keys: Iterator[bytes]) -> bytes | None:
+        key = next(keys, None)
+        self._cursor = None if key is None else (key, keys)
+        return key
+
+    def popitem(self) -> tuple[bytes, bytes]:
+        """Delete some key and return it with its value; KeyError if there is none. A loop of these is linear."""
+        item = self._call(self._writable_store().popitem)
+        if item is None:
+            raise KeyError("popitem(): the database is empty")
+        return item
+
+    def clear(self) -> None:
+        """Delete every key, and give back the space. O(1), but for unlinking the files."""
+        self._call(self._writable_store().clear)
+
+    def __ior__(self, other: Mapping[Bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]) -> Self:
+        self.update(other)  # type: ignore[arg-type]
+        return self
+
+    # The whole.
+
+    def sync(self) -> None:
+        """Make everything written so far durable. Does nothing if the database was opened for reading only."""
+        store = self._open_store()
+        if self._writable:
+            self._call(store.sync)
+
+    def merge(self, progress: Callable[[int, int], object] | None = None) -> None:
+        """Give back the space of records that were overwritten or deleted: old files are really deleted. O(bytes of what is merged).
+
+        `progress(done, total)`, in bytes, is called now and then.
+        """
+        self._call(self._writable_store().merge, progress)
+
+    def reorganize(self) -> None:
+        """The name that the standard library has for `merge` since 3.15."""
+        self.merge()
+
+    def stats(self) -> Stats:
+        """Sizes and counts. O(segments and pages of the index)."""
+        return self._call(self._open_store().stats)
+
+    def close(self) -> None:
+        """Make everything durable and end the use. A second call does nothing."""
+        self._cursor = None
+        self._call(self._store.close)
+
+    def __enter__(self) -> Self:
+        self._open_store()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        store = getattr(self, "_store", None)
+        if store is not None and not store.closed:
+            try:
+                store.close()
+            except Exception:  # noqa: BLE001, S110  (at the end of the interpreter anything may be gone; nothing is lost without a close)
+                pass
+
+    def _call(self, action: Callable[..., Default], *args: object) -> Default:
+        try:
+            return action(*args)
+        except OSError as failure:
+            raise _as_error(failure, self._path) from failure
+
+    def _guarded(self, keys: Iterator[bytes]) -> Iterator[bytes]:
+        """An iteration that stops being one when the database is closed."""
+        try:
+            for key in keys:
+                yield key
+                if self._store.closed:
+                    raise error(_ERR_CLOSED)
+        except OSError as failure:
+            raise _as_error(failure, self._path) from failure
+
+
+class _Items(ItemsView[bytes, bytes]):
+    _mapping: Database
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return self._mapping._open_store().items()
+
+
+class _Values(ValuesView[bytes]):
+    _mapping: Database
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (value for _, value in self._mapping._open_store().items())

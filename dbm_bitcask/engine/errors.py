@@ -1,0 +1,43 @@
+"""What the package raises on its own account.
+
+    OSError
+     └── error                    every failure of a database
+          ├── NotFoundError       no database there (also a FileNotFoundError)
+          ├── FlagError           a flag that does not exist (also a ValueError)
+          └── CorruptionError     bytes that do not verify; `path` and `offset` tell which
+
+`KeyError`, `TypeError` and `ValueError` keep the meaning that they have for a mapping.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CorruptionError", "FlagError", "NotFoundError", "error"]
+
+
+class error(OSError):  # noqa: N801  (the name that every dbm module gives it)
+    """A failure of the database: of the file system under it, of its files, or of how it is used."""
+
+
+class NotFoundError(error, FileNotFoundError):
+    """There is no database at the path."""
+
+
+class FlagError(error, ValueError):
+    """The flag is none of those that `open` knows."""
+
+
+class CorruptionError(error):
+    """Bytes in a file of the database do not verify.
+
+    `path` is the file, `offset` the byte position in it (None where the file as a whole is meant).
+    """
+
+    def __init__(self, path: str, offset: int | None, reason: str) -> None:
+        where = path if offset is None else f"{path} at offset {offset}"
+        super().__init__(f"{where}: {reason}")
+        self.path = path
+        self.offset = offset
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[CorruptionError], tuple[str, int | None, str]]:
+        return type(self), (self.path, self.offset, self.reason)

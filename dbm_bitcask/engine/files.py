@@ -1,0 +1,233 @@
+"""The operating system, as far as the engine needs it: the one place that opens, reads, writes, maps and locks.
+
+Rule 1: every file is reached through the descriptor of its directory, so that a handle stays with its database when the path is renamed
+or another directory is put in its place.
+Rule 2: a descriptor is closed when the last reference to its object goes, never by hand: a number must not be reused under a reader.
+Rule 3: only regular files, never through a symbolic link, never waiting for a FIFO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import stat
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Directory", "File", "Identity", "boot_id", "make_directory", "maps_at_a_time", "temporary_file"]
+
+# Before 3.13 every map keeps a descriptor of its own.
+_MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+_OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_FSYNC_FULL = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone does not reach the disk's platters
+_fdatasync = getattr(os, "fdatasync", os.fsync)
+
+# Linux: keep copy-on-write file systems from needing a new block for each page of the map that is written back (SIGBUS when full).
+_GET_FLAGS, _SET_FLAGS, _NO_COW = 0x80086601, 0x40086602, 0x00800000
+
+
+class Identity(NamedTuple):
+    """What tells one file from another, and how large it is."""
+
+    device: int
+    inode: int
+    links: int
+    size: int
+    mode: int
+
+
+class Descriptor:
+    """An open file description; the descriptor goes with the object."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        if fd < 3:  # a print() of a program that closed its stdout must not land in a segment
+            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.close(fd)
+            fd = high
+        self.fd = fd
+        self.name = name
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.fd)
+
+    def identity(self) -> Identity:
+        status = os.fstat(self.fd)
+        return Identity(status.st_dev, status.st_ino, status.st_nlink, status.st_size, status.st_mode)
+
+    def sync(self) -> None:
+        """Make contents and metadata durable (fsync)."""
+        if _FSYNC_FULL is not None:
+            fcntl.fcntl(self.fd, _FSYNC_FULL)
+        else:
+            os.fsync(self.fd)
+
+
+class File(Descriptor):
+    """A regular file. `size()` and `pwrite(data, offset)` are the bare system calls: they stand in the path of every write."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, name)
+        self.size: Callable[[], int] = partial(os.lseek, self.fd, 0, os.SEEK_END)
+        self.pwrite: Callable[[bytes, int], int] = partial(os.pwrite, self.fd)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """At most `length` bytes from `offset`; fewer only where the file ends."""
+        data = os.pread(self.fd, length, offset)
+        while len(data) < length and (more := os.pread(self.fd, length - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        view = memoryview(data)
+        while view:
+            done = self.pwrite(view, offset)  # type: ignore[arg-type]
+            if not done:
+                raise error(errno.EIO, "nothing could be written", self.name)
+            view, offset = view[done:], offset + done
+
+    def sync_contents(self) -> None:
+        """Make contents and length durable (fdatasync)."""
+        if _FSYNC_FULL is not None:
+            fcntl.fcntl(self.fd, _FSYNC_FULL)
+        else:
+            _fdatasync(self.fd)
+
+    def truncate(self, length: int) -> None:
+        os.ftruncate(self.fd, length)
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Allocate the range, so that a later write into a map of it cannot run out of space."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self.fd, offset, length)
+                return
+            except OSError as failure:
+                if failure.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        self.write(bytes(length), offset)
+
+    def map(self, length: int, *, write: bool = False) -> mmap.mmap:
+        """The first `length` bytes as shared memory."""
+        return mmap.mmap(self.fd, length, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ, **_MAP_OPTIONS)
+
+    def keep_blocks(self) -> None:
+        """Ask a copy-on-write file system to write this (still empty) file in place; others do not know the flag."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                flags = int.from_bytes(fcntl.ioctl(self.fd, _GET_FLAGS, bytes(8)), sys.byteorder)
+                fcntl.ioctl(self.fd, _SET_FLAGS, (flags | _NO_COW).to_bytes(8, sys.byteorder))
+
+
+class Directory(Descriptor):
+    """The directory of a database: names are looked up in it by descriptor, and its descriptor is what writers lock."""
+
+    def __init__(self, path: str, *, at: int | None = None) -> None:
+        super().__init__(
+            os.open("." if at is not None else path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at), path
+        )
+        self.lock: Callable[[], None] = partial(fcntl.flock, self.fd, fcntl.LOCK_EX)
+        self.unlock: Callable[[], None] = partial(fcntl.flock, self.fd, fcntl.LOCK_UN)
+
+    def again(self) -> Directory:
+        """The same directory by another open file description, which does not share its locks."""
+        return Directory(self.name, at=self.fd)
+
+    def where(self, name: str) -> str:
+        """The path of a file, for messages only."""
+        return os.path.join(self.name, name)
+
+    def open(self, name: str, *, write: bool = False) -> File:
+        """Open a regular file that exists; FileNotFoundError if it does not."""
+        flags = (os.O_RDWR if write else os.O_RDONLY) | _OPEN
+        try:
+            file = File(os.open(name, flags, dir_fd=self.fd), self.where(name))
+        except OSError as failure:
+            if failure.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise self._irregular(name) from failure
+            raise
+        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+            raise self._irregular(name)
+        return file
+
+    def create(self, name: str, mode: int) -> File:
+        """Create a regular file for reading and writing; FileExistsError if the name is taken."""
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode, dir_fd=self.fd)
+        return File(fd, self.where(name))
+
+    def identity_of(self, name: str) -> Identity | None:
+        """The identity of a name in this directory, or None if it is not there."""
+        try:
+            status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return Identity(status.st_dev, status.st_ino, status.st_nlink, status.st_size, status.st_mode)
+
+    def replace(self, old: str, new: str) -> None:
+        os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def remove(self, name: str) -> None:
+        """Unlink a name; nothing happens if it is gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)
+
+    def list(self) -> list[str]:
+        return os.listdir(self.fd)
+
+    def disk_bytes(self) -> int:
+        """The bytes that the files in this directory take on the disk."""
+        with os.scandir(self.fd) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+
+    def _irregular(self, name: str) -> error:
+        return error(
+            errno.EINVAL,
+            "not a regular file (move it away: a database is made of regular files only)",
+            self.where(name),
+        )
+
+
+def make_directory(path: str, mode: int) -> None:
+    """Create a directory durably: itself, and its name in its parent."""
+    os.mkdir(path, mode)
+    parent = Directory(os.path.dirname(os.path.abspath(path)))
+    parent.sync()
+
+
+def temporary_file() -> File:
+    """An unlinked file outside the database, gone with the last reference."""
+    import tempfile  # only a reader that finds no trusted keydir needs it
+
+    with tempfile.TemporaryFile() as stream:
+        return File(os.dup(stream.fileno()), "temporary keydir")
+
+
+def maps_at_a_time() -> int:
+    """How many maps one handle may keep, so that programs with many files of their own are left descriptors."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1024 if limit == resource.RLIM_INFINITY else max(8, min(1024, limit // 4))
+
+
+def boot_id() -> int:
+    """A number that is the same until the machine restarts; 0 where the system does not tell."""
+    try:
+        fd = os.open("/proc/sys/kernel/random/boot_id", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(fd, 64).replace(b"-", b""), 16)
+    except (OSError, ValueError):
+        return 0
+    finally:
+        os.close(fd)

@@ -1,0 +1,374 @@
+"""Keydir: key -> location, as a file that every process maps: an extendible hash table.
+
+    keydir := header-page segment-table directory pages...          in units of 4 KiB
+
+Invariants: slots never move within a page. A page that is full is replaced by two fresh ones (or by one, if half of its slots are
+deleted): they are filled first, then each entry of the directory is swung by one store, with a new version. So a miss is valid if the
+entry is the same after the search as before, and no reader ever waits. Replaced pages go to a free list; directories that were outgrown
+stay as they are, so that a reader that is still in one reads entries and nothing else.
+
+Whatever a handle must learn of (a larger file, another directory, another manifest) moves the EPOCH.
+
+Source of the idea: R. Fagin et al., Extendible Hashing, ACM TODS 4(3), 1979.
+"""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from typing import TYPE_CHECKING
+
+from . import header as at
+from .errors import error
+from .header import MASK32, MASK64, PAGE_SIZE, PAGE_WORDS, ROW_WORDS, Words
+from .page import (
+    DELETED,
+    FULL,
+    IN_USE,
+    PAGE_CHECKSUM,
+    PAGE_COUNTS,
+    PAGE_MAGIC,
+    UNUSED,
+    Probe,
+    Table,
+    chunk_checksum,
+    fill_page,
+    page_checksum,
+    page_counts,
+    page_depth,
+    page_slots,
+    probe,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator
+
+    from .files import File
+
+__all__ = ["Keydir"]
+
+_FIRST_DEPTH = 9  # the directory fills a page from the start
+_MAX_DEPTH = 32
+_SPARE_PAGES = 4
+
+
+class Keydir:
+    """The keydir as one handle maps it. Whatever changes it needs the writer lock; looking things up does not."""
+
+    words: Words
+    table: Table
+
+    def __init__(self, file: File, *, write: bool) -> None:
+        self.file = file
+        self.write = write
+        self.listed: Container[int] = ()  # the segments that exist: a slot into another one is an empty slot
+        self.touched: set[int] = set()  # pages that this handle unsealed
+        self.touched_chunks: set[int] = set()
+        self._map(file.identity().size)
+        self._look_at_directory(bytearray())
+
+    @classmethod
+    def create(cls, file: File, boot: int) -> Keydir:
+        """Lay out an empty keydir in an empty file, in the state DIRTY, bound to no manifest yet."""
+        table, directory, first = 1, 2, 4
+        pages = first + 1
+        file.keep_blocks()
+        file.reserve(0, (pages + _SPARE_PAGES) * PAGE_SIZE)
+        identity = file.identity()
+        words: Words = memoryview(file.map(identity.size, write=True)).cast("Q")
+        words[at.EPOCH], words[at.CURRENT], words[at.SEED] = 1, at.COUNTERS_A, secrets.randbits(64)
+        words[at.DEVICE], words[at.INODE] = identity.device, identity.inode
+        words[at.BOOT_LOW], words[at.BOOT_HIGH] = boot & MASK64, boot >> 64
+        words[at.TABLE] = table | (directory - table) << 32
+        words[at.PAGES], words[at.CAPACITY] = pages, identity.size // PAGE_SIZE
+        entries = directory * PAGE_WORDS
+        words[entries : entries + PAGE_WORDS] = array("Q", [first]) * PAGE_WORDS
+        fill_page(words, first, 0, ())
+        words[at.UNSEALED] = 1
+        words[at.STATE], words[at.ROOT], words[at.MAGIC] = at.DIRTY, directory | _FIRST_DEPTH << 32, at.MAGIC_WORD
+        self = cls(file, write=True)
+        self.touched.add(first)
+        self.touched_chunks.add(0)
+        return self
+
+    # The map.
+
+    def _map(self, size: int) -> None:
+        self.words = memoryview(self.file.map(size & -PAGE_SIZE, write=self.write)).cast("Q")
+
+    def refresh(self) -> None:
+        """Catch up with the file: it grew, or it has another directory."""
+        if self.words[at.CAPACITY] * PAGE_WORDS > len(self.words):
+            self._map(self.words[at.CAPACITY] * PAGE_SIZE)
+        self._look_at_directory(self.table.checked)
+
+    def _look_at_directory(self, known: bytearray) -> None:
+        words = self.words
+        root = words[at.ROOT]
+        depth, start = root >> 32, (root & MASK32) * PAGE_WORDS
+        directory = words[start : start + (1 << depth) + (1 << depth - 9)]
+        checked = known
+        if len(known) != 1 << depth:  # what was checked stays so when entries are doubled
+            checked = bytearray(1 << depth)
+            step = len(checked) // len(known) if known else 0
+            for first in range(step):
+                checked[first::step] = known
+        self.table = Table(words, directory, 64 - depth, words[at.SEED], checked)
+
+    # Counters.
+
+    def counter(self, which: int) -> int:
+        """A word of the current copy of the counters; right without the lock, too."""
+        words = self.words
+        while True:
+            current = words[at.CURRENT]
+            value: int = words[current + which]
+            if words[at.CURRENT] == current:
+                return value
+
+    # Slots. The caller holds the lock.
+
+    def room(self, hashed: int) -> Probe:
+        """The place of a hash, with room to insert it: a full page is split first. OSError if the disk is full; nothing changed then."""
+        while True:
+            place = probe(self.table, hashed)
+            if self.words[place.page * PAGE_WORDS + PAGE_COUNTS] & 0xFFFF < FULL and place.free:
+                return place
+            self.split(place.page, hashed)
+
+    def store(self, slot: int, hashed: int, location: int) -> None:
+        """Put a location into a slot (0: delete it), and keep the counts of its page."""
+        words = self.words
+        base = slot & -PAGE_WORDS
+        if words[base + PAGE_CHECKSUM]:
+            self.unseal(slot // PAGE_WORDS)
+        before = words[slot]
+        if not words[slot - 1]:
+            words[base + PAGE_COUNTS] += 1
+            words[slot - 1] = hashed
+        elif not before:
+            words[base + PAGE_COUNTS] -= DELETED
+            words[slot - 1] = hashed
+        elif not location:
+            words[base + PAGE_COUNTS] += DELETED
+        words[slot] = location
+
+    def recount(self, page: int) -> None:
+        """Count the slots of a page anew: a write may have died between a slot and the counts."""
+        counts = page_counts(self.words, page)
+        if self.words[page * PAGE_WORDS + PAGE_COUNTS] != counts:
+            self.unseal(page)
+            self.words[page * PAGE_WORDS + PAGE_COUNTS] = counts
+
+    def pages(self) -> Iterator[int]:
+        """The pages that the directory names, each once, in the order of the hashes."""
+        directory, shift = self.table.directory, self.table.shift
+        last = 0
+        for index in range(1 << 64 - shift):
+            page = directory[index] & MASK32
+            if page != last:
+                last = page
+                yield page
+
+    # Splitting a page. The caller holds the lock.
+
+    def split(self, page: int, hashed: int) -> None:
+        """Replace the full page of a hash by two, or by one without its deleted slots.
+
+        1. Double the directory if the page is as deep as it; reserve the pages. A full disk is an OSError, and nothing has changed.
+        2. Fill the fresh pages. A crash leaves them unused.
+        3. Note what is to be done, and enter CHANGING: from here on whoever comes next finishes.
+        4. Swing the entries, free the old page, leave CHANGING.
+        """
+        listed = self.listed
+        slots = [slot for slot in page_slots(self.words, page) if slot[1] >> 32 in listed]
+        depth = page_depth(self.words, page)
+        if len(slots) <= FULL // 2:
+            kids = [slots]
+        else:
+            bit = 1 << 63 - depth
+            kids = [[slot for slot in slots if not slot[0] & bit], [slot for slot in slots if slot[0] & bit]]
+            depth += 1
+            if depth > 64 - self.table.shift:
+                self._double()
+        self._reserve(len(kids))
+        words = self.words
+        fresh, high_water, free = self._allocate(len(kids))
+        words[at.UNSEALED] += len(kids)
+        for kid, kid_slots in zip(fresh, kids, strict=True):
+            fill_page(words, kid, depth, kid_slots)
+        words[at.SPLIT_LOW], words[at.SPLIT_HIGH], words[at.SPLIT_HASH] = fresh[0], fresh[-1], hashed
+        words[at.SPLIT_PAGES], words[at.SPLIT_FREE], words[at.SPLIT_OLD] = high_water, free, page
+        words[at.STATE] = at.CHANGING
+        if not words[page * PAGE_WORDS + PAGE_CHECKSUM]:
+            words[at.UNSEALED] -= 1
+        self.touched.update(fresh)
+        self.finish_split()
+
+    def finish_split(self) -> None:
+        """Do what the words at SPLIT say, from any point at which somebody may have died. Idempotent."""
+        self.refresh()
+        words, directory, shift = self.table.words, self.table.directory, self.table.shift
+        old = words[at.SPLIT_OLD]
+        if old:
+            depth = page_depth(words, old)
+            spread = 64 - shift - depth
+            first = words[at.SPLIT_HASH] >> 64 - depth << spread
+            middle = first + (1 << spread) // 2
+            for index in range(first, first + (1 << spread)):
+                entry = directory[index]
+                if entry & MASK32 == old:
+                    self._unseal_chunk(index // PAGE_WORDS)
+                    kid = words[at.SPLIT_LOW if index < middle else at.SPLIT_HIGH]
+                    directory[index] = kid | ((entry >> 32) + 1 & MASK32) << 32
+            words[at.PAGES] = words[at.SPLIT_PAGES]
+            words[old * PAGE_WORDS + PAGE_CHECKSUM] = words[at.SPLIT_FREE]
+            words[old * PAGE_WORDS + PAGE_MAGIC] = UNUSED
+            words[at.FREE] = old
+            words[at.SPLIT_OLD] = 0
+        else:
+            words[at.EPOCH] += 1  # somebody died while changing the shape of the file
+        words[at.STATE] = at.DIRTY
+
+    def _allocate(self, count: int) -> tuple[list[int], int, int]:
+        """Pages to use, and what PAGES and FREE will be; nothing is taken yet."""
+        words = self.words
+        high_water, free = words[at.PAGES], words[at.FREE]
+        fresh = []
+        for _ in range(count):
+            if free:
+                fresh.append(free)
+                free = words[free * PAGE_WORDS + PAGE_CHECKSUM]
+            else:
+                fresh.append(high_water)
+                high_water += 1
+        return fresh, high_water, free
+
+    def _double(self) -> None:
+        """Move to a directory of twice the size; the old one stays as it is."""
+        depth = 65 - self.table.shift
+        if depth > _MAX_DEPTH:
+            raise error("the keydir cannot grow: too many keys share the beginning of their hash")
+        entries, chunks = 1 << depth, 1 << depth - 9
+        run = -(-(entries + chunks) // PAGE_WORDS)
+        self._reserve(run)
+        words, old = self.words, self.table.directory
+        page = words[at.PAGES]
+        start = page * PAGE_WORDS
+        directory = words[start : start + entries + chunks]
+        directory[0:entries:2] = directory[1:entries:2] = old[: entries // 2]
+        for chunk in range(chunks):
+            directory[entries + chunk] = chunk_checksum(directory, chunk) if old[entries // 2 + chunk // 2] else 0
+            if not directory[entries + chunk]:
+                self.touched_chunks.add(chunk)
+        before, words[at.STATE] = words[at.STATE], at.CHANGING
+        words[at.PAGES] = page + run
+        words[at.ROOT] = page | depth << 32
+        words[at.EPOCH] += 1
+        words[at.STATE] = before
+        self.refresh()
+
+    def _reserve(self, pages: int) -> None:
+        """See to it that so many pages can be written without asking the disk for space."""
+        words = self.words
+        capacity = words[at.CAPACITY]
+        needed = words[at.PAGES] + pages
+        if needed > capacity:
+            larger = max(needed, capacity + capacity // 8 + _SPARE_PAGES)
+            self.file.reserve(capacity * PAGE_SIZE, (larger - capacity) * PAGE_SIZE)
+            before, words[at.STATE] = words[at.STATE], at.CHANGING
+            words[at.CAPACITY] = larger
+            words[at.EPOCH] += 1
+            words[at.STATE] = before
+        if words[at.CAPACITY] * PAGE_WORDS > len(words):
+            self.refresh()
+
+    # Checksums. The caller holds the lock.
+
+    def unseal(self, page: int) -> None:
+        """Take the checksum off a page, because it is about to change."""
+        words = self.words
+        self.touched.add(page)
+        if words[page * PAGE_WORDS + PAGE_CHECKSUM]:
+            words[at.UNSEALED] += 1
+            words[page * PAGE_WORDS + PAGE_CHECKSUM] = 0
+
+    def _unseal_chunk(self, chunk: int) -> None:
+        self.touched_chunks.add(chunk)
+        self.table.directory[(1 << 64 - self.table.shift) + chunk] = 0
+
+    def seal(self, limit: int) -> bool:
+        """Put checksums on at most `limit` of the pages that this handle changed; True when none is left."""
+        words = self.words
+        for _ in range(min(limit, len(self.touched))):
+            page = self.touched.pop()
+            base = page * PAGE_WORDS
+            if words[base + PAGE_MAGIC] == IN_USE and not words[base + PAGE_CHECKSUM]:
+                words[base + PAGE_CHECKSUM] = page_checksum(words, page)
+                words[at.UNSEALED] -= 1
+        if self.touched:
+            return False
+        directory, chunks = self.table.directory, 1 << 55 - self.table.shift
+        while self.touched_chunks:
+            chunk = self.touched_chunks.pop()
+            if chunk < chunks:
+                directory[(1 << 64 - self.table.shift) + chunk] = chunk_checksum(directory, chunk)
+        return True
+
+    def touch_unsealed(self) -> None:
+        """Take over the pages that others left without a checksum. O(pages)."""
+        words = self.words
+        pages = [page for page in self.pages() if not words[page * PAGE_WORDS + PAGE_CHECKSUM]]
+        self.touched.update(pages)
+        words[at.UNSEALED] = len(pages)
+        directory, chunks = self.table.directory, 1 << 55 - self.table.shift
+        self.touched_chunks.update(chunk for chunk in range(chunks) if not directory[(chunks << 9) + chunk])
+
+    def rest(self, state: int) -> None:
+        """Seal the header in the state RESTING or CLEAN."""
+        words = self.words
+        words[at.STATE] = state
+        words[at.SEAL] = at.header_checksum(words)
+
+    # Segment table: one row for each segment that exists. The caller holds the lock, except for reading.
+
+    def rows(self) -> dict[int, int]:
+        """The word at which the row of each segment begins."""
+        start, end = self._table_bounds()
+        ids = self.words[start + at.ROW_ID : end : ROW_WORDS].tolist()
+        return {segment: start + number * ROW_WORDS for number, segment in enumerate(ids) if segment in self.listed}
+
+    def add_row(self, segment: int) -> int:
+        """The row of a segment, made if it is not there: a row of a segment that is gone is used again."""
+        rows = self.rows()
+        if segment in rows:
+            return rows[segment]
+        taken = set(rows.values())
+        start, end = self._table_bounds()
+        row = next((row for row in range(start, end, ROW_WORDS) if row not in taken), 0) or self._grow_table()
+        words = self.words
+        words[row : row + ROW_WORDS] = array("Q", bytes(8 * ROW_WORDS))
+        words[row + at.ROW_ID] = segment
+        return row
+
+    def _table_bounds(self) -> tuple[int, int]:
+        table = self.words[at.TABLE]
+        start = (table & MASK32) * PAGE_WORDS
+        return start, start + (table >> 32) * PAGE_WORDS
+
+    def _grow_table(self) -> int:
+        """Move to a table of twice the size; the first free row."""
+        start, end = self._table_bounds()
+        run = 2 * (end - start) // PAGE_WORDS
+        self._reserve(run)
+        words = self.words
+        page = words[at.PAGES]
+        fresh = page * PAGE_WORDS
+        words[fresh : fresh + (end - start)] = words[start:end]
+        words[fresh + (end - start) : fresh + 2 * (end - start)] = array("Q", bytes(8 * (end - start)))
+        before, words[at.STATE] = words[at.STATE], at.CHANGING
+        words[at.PAGES] = page + run
+        words[at.TABLE] = page | run << 32
+        words[at.EPOCH] += 1
+        words[at.STATE] = before
+        return fresh + (end - start)

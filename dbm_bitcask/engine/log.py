@@ -1,0 +1,258 @@
+"""Log: the segments that exist, with their index: what one handle holds of a database.
+
+Nothing here takes the lock. Reading is right without it; `write`, `rotation` and `recovery` change what is held here, under it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import files, lookup, manifest, names, record, segment
+from . import header as at
+from .errors import CorruptionError, NotFoundError, error
+from .header import MASK32
+from .lock import lock_of
+from .page import Damaged, key_hash, probe
+from .record import HEADER, record_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
+    from .files import Directory, File
+    from .keydir import Keydir
+    from .manifest import Entry, Manifest
+
+__all__ = ["Gone", "Log", "Peek", "read_manifest"]
+
+_READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
+_REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
+_TRIES = 1000  # more than the commits that can come between reading the header and reading the manifest
+
+
+class Peek(NamedTuple):
+    """A record's head and key, unverified: the hash in its slot vouches for the key."""
+
+    flags: int
+    key: bytes
+    length: int
+
+
+class Gone(Exception):
+    """A segment that the manifest of this handle lists has no file; the text is its path."""
+
+
+class Log:
+    """The files of one handle: directory, manifest, open segments, active segment, keydir."""
+
+    keydir: Keydir
+    active: File
+    get: Callable[[bytes], bytes | None]
+
+    def __init__(self, directory: Directory, *, write: bool, mode: int, segment_size: int) -> None:
+        self.directory = directory
+        self.lock = lock_of(directory)
+        self.write = write
+        self.mode = mode
+        self.segment_size = segment_size
+        self.manifest: Manifest = manifest.Manifest(0, 1, ())
+        self.entries: dict[int, Entry] = {}
+        self.segments: dict[int, tuple[Buffer, int]] = {}  # what is mapped, with its salt
+        self.rows: dict[int, int] = {}
+        self.epoch = 0
+        self.sealed_here: list[int] = []  # segments that this handle sealed: it writes their hints when it closes
+        self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
+        self.recover: Callable[[], None] = self._cannot_recover
+        self._refreshing = threading.RLock()
+        self._maps = files.maps_at_a_time()
+
+    # What exists.
+
+    def adopt(self, fresh: Manifest) -> None:
+        """Hold what this manifest lists."""
+        before = self.manifest
+        if fresh.checksum == before.checksum:
+            return
+        entries = {entry.id: entry for entry in fresh.segments}
+        active = segment.open_segment(self.directory, fresh.active, write=self.write)
+        growing = before.active.id if before.segments else 0
+        kept = {number: held for number, held in self.segments.items() if number in entries and number != growing}
+        self.active, self.entries, self.segments, self.manifest = active, entries, kept, fresh
+
+    def refresh(self) -> None:
+        """Catch up with what other handles changed: the manifest, the size or the directory of the keydir, the keydir itself."""
+        with self._refreshing:
+            for _ in range(_TRIES):
+                words = self.keydir.words
+                epoch = words[at.EPOCH]
+                if words[at.STATE] == at.MOVED:
+                    self.recover()
+                    continue
+                expected = words[at.MANIFEST], words[at.NEXT_MANIFEST]
+                if self.manifest.checksum != expected[0]:
+                    fresh = read_manifest(self.directory)
+                    if fresh.checksum not in expected:
+                        continue  # between two commits
+                    try:
+                        self.adopt(fresh)
+                    except FileNotFoundError:
+                        continue
+                self.keydir.listed = self.entries
+                self.keydir.refresh()
+                self.rows = self.keydir.rows()
+                if words[at.EPOCH] == epoch:
+                    self.epoch = epoch
+                    self._bind()
+                    return
+            raise error(f"{self.directory.name}: manifest and keydir do not agree; close and open the database again")
+
+    def _bind(self) -> None:
+        if self.keydir.words[at.DAMAGED]:
+            self.get = self.slow_get
+        else:
+            self.get = lookup.reader(self.keydir.table, self.epoch, self.segments, self.slow_get)
+
+    def _cannot_recover(self) -> None:
+        raise error(f"{self.directory.name}: the keydir is damaged; close and open the database again")
+
+    # Reading records.
+
+    def bytes_at(self, location: int) -> tuple[Buffer, int, int]:
+        """(bytes, where the record begins in them, seed) for a location in a listed segment."""
+        number, offset = location >> 32, location & MASK32
+        entry = self.entries[number]
+        seed = entry.salt ^ offset
+        held = self.segments.get(number)
+        if held is not None and offset < len(memoryview(held[0])):
+            return held[0], offset, seed
+        if entry.length:
+            return self._map(entry, entry.length), offset, seed
+        end = self.end_of(entry)
+        mapped = len(memoryview(held[0])) if held is not None else 0
+        if end - mapped >= _REMAP and offset < end:
+            return self._map(entry, end), offset, seed
+        return self._read_active(offset), 0, seed
+
+    def end_of(self, entry: Entry) -> int:
+        """Where the records of a segment end."""
+        if entry.length:
+            return entry.length
+        if self.scanned_end:
+            return self.scanned_end
+        tail = self.keydir.counter(at.TAIL)
+        return tail & MASK32 if tail >> 32 == entry.id else self.active.size()
+
+    def _map(self, entry: Entry, end: int) -> Buffer:
+        if entry.length:
+            try:
+                file = segment.open_segment(self.directory, entry)
+            except FileNotFoundError as gone:
+                raise Gone(self.directory.where(names.segment_name(entry.id))) from gone
+        else:
+            file = self.active
+        buffer = segment.map_segment(file, end)
+        with self._refreshing:
+            while len(self.segments) >= self._maps:
+                del self.segments[next(iter(self.segments))]
+            self.segments[entry.id] = buffer, entry.salt
+        return buffer
+
+    def _read_active(self, offset: int) -> bytes:
+        data = self.active.read(_READ_AHEAD, offset)
+        if len(data) >= HEADER.size:
+            _, key_size, value_size, _, flags = HEADER.unpack_from(data)
+            length = record_length(flags, key_size, value_size)
+            if len(data) < length <= self.active.size() - offset:
+                data += self.active.read(length - len(data), offset + len(data))
+        return data
+
+    def read(self, location: int) -> record.Record:
+        """The verified record at a location; `CorruptionError` if it does not verify, `Gone` if its segment is not there."""
+        data, offset, seed = self.bytes_at(location)
+        try:
+            found = record.decode(data, offset, seed)
+        except record.BadRecord:
+            found = None
+        if found is None:
+            raise self.corrupt(location, "the record does not verify; run `check`, then `repair`")
+        return found
+
+    def peek(self, location: int) -> Peek:
+        """Head and key of the record at a location, not verified."""
+        data, offset, _ = self.bytes_at(location)
+        view = memoryview(data)
+        if len(view) - offset < HEADER.size:
+            raise self.corrupt(location, "the segment ends within a record; run `check`, then `repair`")
+        _, key_size, value_size, _, flags = HEADER.unpack_from(view, offset)
+        start = offset + HEADER.size + (8 if flags & record.EXPIRES else 0)
+        return Peek(flags, bytes(view[start : start + key_size]), record_length(flags, key_size, value_size))
+
+    def corrupt(self, location: int, reason: str) -> CorruptionError:
+        name = names.segment_name(location >> 32)
+        return CorruptionError(self.directory.where(name), location & MASK32, reason)
+
+    # Looking up.
+
+    def slow_get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None: the whole of a search, whatever the state of the handle."""
+        while True:
+            epoch = self.epoch
+            location = self.find(key)
+            try:
+                return None if location is None else self.read(location).value
+            except Gone as gone:
+                self.require_change(epoch, gone)
+
+    def find(self, key: bytes) -> int | None:
+        """The location of a key, or None if it is not there. Right without the lock."""
+        while True:
+            words = self.keydir.words
+            if words[at.EPOCH] != self.epoch:
+                self.refresh()
+            epoch, table = self.epoch, self.keydir.table
+            try:
+                found = probe(table, key_hash(key, table.seed)).found
+                location = self._match(key, [words[slot] for slot in found])
+            except Damaged:
+                self.recover()
+                continue
+            except Gone as gone:
+                self.require_change(epoch, gone)
+                continue
+            if words[at.EPOCH] == epoch == self.epoch:
+                self._require_undamaged(location or 0)
+                return location
+
+    def _match(self, key: bytes, locations: list[int]) -> int | None:
+        for location in locations:
+            if location and location >> 32 in self.entries:
+                if self.peek(location).key == key:
+                    return location
+                self.read(location)  # another key with this hash, or damage
+        return None
+
+    def _require_undamaged(self, location: int) -> None:
+        damage = self.keydir.words[at.DAMAGED]
+        if damage and location <= damage:
+            raise self.corrupt(damage, "a record was lost here whose key is not known, maybe a newer one of this key; run `repair`")
+
+    def require_change(self, epoch: int, gone: Gone) -> None:
+        """A listed segment is missing: somebody has just merged it away, or it is lost."""
+        if self.keydir.words[at.EPOCH] == epoch:
+            raise CorruptionError(str(gone), None, "the manifest lists this segment, and it is not there; restore it or run `repair`")
+        self.refresh()
+
+
+def read_manifest(directory: Directory) -> Manifest:
+    """The manifest of a directory; `NotFoundError` if it has none, `CorruptionError` if it does not verify."""
+    path = directory.where(names.MANIFEST)
+    try:
+        file = directory.open(names.MANIFEST)
+    except FileNotFoundError as missing:
+        raise NotFoundError(missing.errno, "no database here", directory.name) from missing
+    try:
+        return manifest.decode(file.read(file.identity().size, 0))
+    except manifest.BadManifest as bad:
+        raise CorruptionError(path, None, f"{bad}; run `repair`") from bad

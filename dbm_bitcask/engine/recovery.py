@@ -1,0 +1,369 @@
+"""Recovery: the log decides; keydir and counters follow. The caller holds the lock, except for a reader with a keydir of its own.
+
+`ready` comes before every write. It compares three words and the size of the active segment, and does something only if
+
+    the EPOCH moved          another handle changed what this one holds: catch up
+    the STATE is not DIRTY   begin to write on a resting or clean keydir, or finish what somebody died in
+    the size is not TAIL     somebody died or failed between a record and its slot: `repair`
+
+`repair`, at the tail of a trusted keydir:
+
+    1. If another keydir stands under the name, go over to it.
+    2. A torn record is cut off: it was never acknowledged. A whole one is published, from the prepared counters if they are about it.
+       A seal is a rotation to be finished. Again, until the size is TAIL. Each step leaves a state that this procedure finishes.
+
+`open_keydir` takes the keydir that is there if it can be trusted (`header.is_sound`, and the log is the one it was written for), and
+otherwise makes a new one from hints and records, beside the old one, which is left behind marked MOVED:
+
+    1. Read the whole log into a keydir under a temporary name.
+    2. If the active segment has a torn tail, list it as sealed where its records end and start a new one: after a restart nothing is ever
+       appended behind a cut, because the cut itself may be lost in the next crash while what was appended is not.
+    3. Give the new keydir its name. A crash before this leaves the old state for the next one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from . import contents, files, names, record, rotation, segment, write
+from . import header as at
+from .errors import error
+from .header import MASK32, PAGE_SIZE
+from .keydir import Keydir
+from .log import Log, read_manifest
+from .manifest import Entry
+from .page import key_hash, probe
+from .record import MARK, SEAL, TOMBSTONE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .files import File
+    from .hint import Hint
+
+__all__ = ["leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "trusted"]
+
+
+def ready(log: Log) -> None:
+    """Make log and keydir agree before something is written."""
+    while True:
+        words = log.keydir.words
+        if words[at.EPOCH] != log.epoch:
+            log.refresh()
+        elif words[at.STATE] != at.DIRTY:
+            _begin(log)
+        elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
+            _repair(log)
+        else:
+            return
+
+
+def _begin(log: Log) -> None:
+    words = log.keydir.words
+    state = words[at.STATE]
+    if state == at.POISONED:
+        raise error(f"{log.directory.name}: an earlier sync failed, so that data may be lost; close and open the database again")
+    if state == at.CHANGING:
+        _finish_change(log)
+    elif state == at.CLEAN:
+        boot, identity = files.boot_id(), log.keydir.file.identity()
+        words[at.SEAL] = 0
+        words[at.DEVICE], words[at.BOOT_LOW], words[at.BOOT_HIGH] = identity.device, boot & at.MASK64, boot >> 64
+        words[at.STATE] = at.DIRTYING
+    elif state == at.DIRTYING:
+        log.keydir.file.sync()  # before the first change: a clean mark must not outlive it
+        words[at.STATE] = at.DIRTY
+    elif state == at.RESTING:
+        words[at.SEAL] = 0
+        words[at.STATE] = at.DIRTY
+    else:
+        raise error(f"{log.directory.name}: the keydir is in no state that this version knows; delete the file `keydir`")
+
+
+def _finish_change(log: Log) -> None:
+    """Somebody died while changing the directory or the manifest."""
+    words = log.keydir.words
+    if words[at.NEXT_MANIFEST] != words[at.MANIFEST]:
+        listed = read_manifest(log.directory)
+        if listed.checksum == words[at.NEXT_MANIFEST]:
+            rotation.finish_commit(log, listed)
+            rotation.sweep(log.directory, listed)
+        else:
+            words[at.NEXT_MANIFEST] = words[at.MANIFEST]
+    log.keydir.finish_split()
+    log.refresh()
+
+
+def _repair(log: Log) -> None:
+    identity = log.directory.identity_of(names.KEYDIR)
+    if identity is None or identity[:2] != log.keydir.file.identity()[:2]:
+        open_keydir(log)
+        return
+    words = log.keydir.words
+    tail = log.keydir.counter(at.TAIL)
+    size = log.active.size()
+    if size < tail & MASK32 or read_manifest(log.directory).checksum != words[at.MANIFEST]:
+        rebuild(log)
+        return
+    found = _record_at(log, tail & MASK32, size)
+    if found is None and log.active.identity().links > 1:
+        rotation.rotate(log, sealed=True, seal_length=0)  # the file is a backup's, too: what is behind the tail stays there
+    elif found is None:
+        log.active.truncate(tail & MASK32)
+    elif found.flags & SEAL:
+        rotation.rotate(log, sealed=True)
+    else:
+        _publish(log, tail, found)
+
+
+def _record_at(log: Log, offset: int, size: int) -> record.Record | None:
+    head = log.active.read(record.HEADER.size, offset)
+    if len(head) < record.HEADER.size:
+        return None
+    _, key_size, value_size, _, flags = record.HEADER.unpack(head)
+    length = record.record_length(flags, key_size, value_size)
+    if length > size - offset:
+        return None
+    try:
+        found = record.decode(log.active.read(length, offset), 0, log.manifest.active.salt ^ offset)
+    except record.BadRecord:
+        return None
+    return None if found is None else found._replace(end=offset + length)
+
+
+def _publish(log: Log, tail: int, found: record.Record) -> None:
+    """Finish the operation whose record stands whole at the tail."""
+    words = log.keydir.words
+    end = (tail & -(MASK32 + 1)) | found.end
+    length = end - tail
+    other = words[at.CURRENT] ^ at.COUNTERS_A ^ at.COUNTERS_B
+    checksum = int.from_bytes(log.active.read(record.CHECKSUM_SIZE, tail & MASK32), "little")
+    prepared = (words[other + at.START], words[other + at.TAIL], words[other + at.CHECKSUM]) == (tail, end, checksum)
+    if found.flags & MARK:
+        write.publish_mark(log, tail, length, checksum)
+        return
+    place = write.locate(log, found.key, room=not found.flags & TOMBSTONE)
+    if prepared:
+        write.settle(log, place, 0 if found.flags & TOMBSTONE else tail, other)
+    else:
+        write.publish(log, place, tail, length, checksum, flags=found.flags)
+    log.keydir.recount(probe(log.keydir.table, place.hashed).page)
+
+
+# Opening.
+
+
+def open_keydir(log: Log) -> None:
+    """Give the handle of a writer a keydir that can be trusted, and the newest manifest."""
+    log.adopt(read_manifest(log.directory))
+    try:
+        file = log.directory.open(names.KEYDIR, write=True)
+    except FileNotFoundError:
+        file = None
+    if file is None or not trusted(log, file):
+        rebuild(log)
+        return
+    log.keydir = Keydir(file, write=True)
+    log.refresh()
+
+
+def trusted(log: Log, file: File) -> bool:
+    """Whether this keydir says where the keys of this log are."""
+    identity = file.identity()
+    if identity.size < 4 * PAGE_SIZE:
+        return False
+    words: at.Words = memoryview(file.map(identity.size & -PAGE_SIZE)).cast("Q")
+    boot = files.boot_id()
+    if not at.is_sound(words, identity, boot):
+        return False
+    listed = log.manifest.checksum
+    if words[at.MANIFEST] != listed and not (words[at.STATE] == at.CHANGING and words[at.NEXT_MANIFEST] == listed):
+        return False
+    return _fits_log(log, words, boot)
+
+
+def _fits_log(log: Log, words: at.Words, boot: int) -> bool:
+    while True:
+        current = words[at.CURRENT]
+        tail, start, checksum = (words[current + which] for which in (at.TAIL, at.START, at.CHECKSUM))
+        if words[at.CURRENT] == current:
+            break
+    entry = log.entries.get(tail >> 32)
+    if entry is None:
+        return bool(words[at.STATE] == at.CHANGING)
+    file = log.active if entry == log.manifest.active else segment.open_segment(log.directory, entry)
+    size, offset = file.size(), tail & MASK32
+    rebooted = boot != words[at.BOOT_LOW] | words[at.BOOT_HIGH] << 64
+    if size < offset or (rebooted and size != offset):
+        return False
+    if start >> 32 != entry.id:
+        return True
+    return file.read(record.CHECKSUM_SIZE, start & MASK32) == checksum.to_bytes(record.CHECKSUM_SIZE, "little")
+
+
+def open_private_keydir(log: Log) -> None:
+    """Give the handle of a reader a keydir of its own, in a file outside the database."""
+    log.adopt(read_manifest(log.directory))
+    end = _end_of_active(log)
+    log.keydir = _build(log, files.temporary_file(), end)
+    _bind(log, log.keydir, end)
+
+
+def rebuild(log: Log) -> None:
+    """Make a new keydir from the log, and put it in the place of the one that is there. O(bytes of the log); O(keys) with hints."""
+    log.adopt(read_manifest(log.directory))
+    end = _end_of_active(log)
+    torn = end < log.active.size()
+    temporary = names.temporary_name(names.KEYDIR)
+    file = log.directory.create(temporary, log.mode)
+    try:
+        keydir = _build(log, file, end, hints=True)
+        if torn:
+            end = _leave_torn_segment(log, keydir, end)
+        _mark_moved(log)
+        log.keydir = keydir
+        _bind(log, keydir, end)
+        log.directory.replace(temporary, names.KEYDIR)
+    except BaseException:
+        log.directory.remove(temporary)
+        raise
+
+
+def _end_of_active(log: Log) -> int:
+    """Where the records of the active segment end."""
+    size = log.active.size()
+    if size <= segment.FIRST_RECORD:
+        return segment.FIRST_RECORD
+    return contents.torn_tail_at(segment.map_segment(log.active, size), log.manifest.active, size)
+
+
+def leave_linked_segment(log: Log) -> None:
+    """A backup shares the file of the active segment by a hard link: seal it by its length, without a byte written to it."""
+    ready(log)
+    if log.keydir.counter(at.TAIL) & MASK32 > segment.FIRST_RECORD:
+        rotation.rotate(log, sealed=True, seal_length=0)
+
+
+def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:
+    """List the active segment as sealed where its records end, and start a new one: where that one's records end."""
+    log.active.sync()
+    fresh = Entry(log.manifest.next_id, secrets.randbits(64), 0)
+    segment.create(log.directory, fresh, log.mode)
+    cut = log.manifest.active._replace(length=end)
+    listed = log.manifest._replace(
+        number=log.manifest.number + 1, next_id=fresh.id + 1, segments=(*log.manifest.segments[:-1], cut, fresh)
+    )
+    log.adopt(rotation.publish_manifest(log.directory, listed, log.mode))
+    keydir.listed = log.entries
+    row = keydir.rows()[cut.id]
+    keydir.words[row + at.ROW_TOMBSTONES] = keydir.words[at.COUNTERS_A + at.TOMBSTONES]
+    keydir.words[at.COUNTERS_A + at.TOMBSTONES] = 0
+    keydir.add_row(fresh.id)
+    return segment.FIRST_RECORD
+
+
+def _mark_moved(log: Log) -> None:
+    """Tell those who map the keydir of this name that another one takes its place; a linked or foreign one is left alone."""
+    try:
+        file = log.directory.open(names.KEYDIR, write=True)
+    except OSError:
+        return
+    identity = file.identity()
+    if identity.size < 4 * PAGE_SIZE or identity.links != 1:
+        return
+    words: at.Words = memoryview(file.map(identity.size & -PAGE_SIZE, write=True)).cast("Q")
+    if words[at.MAGIC] == at.MAGIC_WORD and words[at.INODE] == identity.inode:
+        words[at.STATE] = at.MOVED
+        words[at.EPOCH] += 1
+
+
+def _bind(log: Log, keydir: Keydir, end: int) -> None:
+    """Tie a keydir that was just built to the manifest and the tail."""
+    words = keydir.words
+    active = log.manifest.active.id
+    words[at.COUNTERS_A + at.TAIL] = active << 32 | end
+    words[at.MANIFEST] = words[at.NEXT_MANIFEST] = log.manifest.checksum
+    log.scanned_end = 0
+    log.refresh()
+
+
+class _Builder:
+    """Applies the log to an empty keydir, in its order."""
+
+    def __init__(self, log: Log, keydir: Keydir) -> None:
+        self.log = log
+        self.keydir = keydir
+        self.count = 0
+        self.live: dict[int, int] = {}
+        self.tombstones: dict[int, int] = {}
+
+    def apply(self, number: int, key: Hint) -> None:
+        keydir, live = self.keydir, self.live
+        hashed = key_hash(key.key, keydir.table.seed)
+        place = keydir.room(hashed)
+        slot, old = place.free, 0
+        for found in place.found:
+            location = keydir.words[found]
+            before = self.log.peek(location)
+            if before.key == key.key:
+                slot, old = found, location
+                live[location >> 32] -= before.length
+                break
+        if key.flags & TOMBSTONE:
+            self.tombstones[number] = self.tombstones.get(number, 0) + key.size
+            self.count -= 1 if old else 0
+            if old:
+                keydir.store(slot, hashed, 0)
+            return
+        live[number] = live.get(number, 0) + key.size
+        self.count += 0 if old else 1
+        keydir.store(slot, hashed, number << 32 | key.offset)
+
+
+def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
+    """A keydir of everything up to `end` of the active segment, in an empty file."""
+    keydir = Keydir.create(file, files.boot_id())
+    keydir.listed = log.entries
+    log.scanned_end = end
+    builder = _Builder(log, keydir)
+    damage: list[contents.Damage] = []
+    for entry in log.manifest.segments:
+        for key in _keys(log, entry, end, damage, hints=hints):
+            builder.apply(entry.id, key)
+    for entry in log.manifest.segments:
+        keydir.add_row(entry.id)
+    _store_tallies(log, keydir, builder, end)
+    words = keydir.words
+    words[at.DAMAGED] = max((place.segment << 32 | place.offset for place in damage), default=0)
+    return keydir
+
+
+def _store_tallies(log: Log, keydir: Keydir, builder: _Builder, end: int) -> None:
+    rows, words = keydir.rows(), keydir.words
+    active = log.manifest.active.id
+    for entry in log.manifest.segments:
+        row = rows[entry.id]
+        tombstones = builder.tombstones.get(entry.id, 0)
+        length = (entry.length or end) - segment.FIRST_RECORD
+        words[row + at.ROW_DEAD] = length - builder.live.get(entry.id, 0) - tombstones
+        if entry.id != active:
+            words[row + at.ROW_TOMBSTONES] = tombstones
+    words[at.COUNTERS_A + at.COUNT] = builder.count
+    words[at.COUNTERS_A + at.TOMBSTONES] = builder.tombstones.get(active, 0)
+
+
+def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, hints: bool) -> Iterator[Hint]:
+    """The keys of a segment from its hint; else from its records, and then its hint is written."""
+    if entry.length:
+        known = contents.read_keys(log.directory, entry)
+        if known is not None:
+            yield from known
+            return
+    end = entry.length or end
+    file = segment.open_segment(log.directory, entry)
+    reading = contents.Reading(segment.map_segment(file, end), entry, end)
+    yield from reading.keys()
+    damage.extend(reading.damage)
+    if hints and entry.length and not reading.damage:
+        contents.write_hint(log.directory, entry, contents.Reading(reading.buffer, entry, end).keys(), log.mode)

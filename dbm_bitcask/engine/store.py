@@ -1,0 +1,513 @@
+"""Store: the operations of one handle, bytes in, bytes out.
+
+Reading takes no lock. Whatever changes the database runs in `locked`: under the lock, after `recovery.ready`. A failure in the middle of
+it needs no clean-up here: the next operation, of whichever process, repairs what it finds.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from time import time
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from . import contents, files, merge, names, recovery, rotation, segment, walk, write
+from . import header as at
+from .errors import CorruptionError, NotFoundError, error
+from .files import Directory
+from .header import PAGE_SIZE
+from .keydir import Keydir
+from .log import Gone, Log, read_manifest
+from .manifest import Entry, Manifest
+from .page import SLOTS, Damaged, key_hash, probe
+from .record import TOMBSTONE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Stats", "Store"]
+
+Result = TypeVar("Result")
+
+_PAGES_A_SLICE = 256  # pages that are sealed under one hold of the lock
+_CLEAN_KEYS = 100_000  # below this a rebuild after a restart is faster than it is noticed: no clean mark, so no fsync for it
+_CLEAN_EVERY = 60.0  # seconds
+_SHRINK = 4  # a keydir with so many times the pages that it needs is made anew by a merge
+
+MINIMUM_SEGMENT = 4096
+MAXIMUM_SEGMENT = 2**32 - 1
+
+
+class Stats(NamedTuple):
+    """The state of a database, as of one moment. Sizes are in bytes.
+
+    `live_bytes` are those of records that count, `dead_bytes` those that a merge gives back, `tombstone_bytes` those of deletions that
+    still have to be remembered; `disk_bytes` is what all files of the database take; `index_load` is the part of the index's slots that
+    is in use.
+    """
+
+    keys: int
+    live_bytes: int
+    dead_bytes: int
+    tombstone_bytes: int
+    segments: int
+    log_bytes: int
+    disk_bytes: int
+    index_bytes: int
+    index_pages: int
+    index_load: float
+
+
+class Store:
+    """One open database."""
+
+    def __init__(self, log: Log, *, always: bool) -> None:
+        self.log = log
+        self.lock = log.lock
+        self.always = always
+        self.closed = False
+        self._wrote = False
+        self._popped = 0  # every key is at or behind this location, as far as this handle has popped them
+        log.recover = self._recover
+
+    # Opening.
+
+    @classmethod
+    def open_reader(cls, path: str) -> Store:
+        """Open for reading only: no lock is taken and no byte is written."""
+        log = Log(_directory(path), write=False, mode=0, segment_size=MAXIMUM_SEGMENT)
+        store = cls(log, always=False)
+        store._find_keydir()
+        return store
+
+    @classmethod
+    def open_writer(cls, path: str, *, create: bool, mode: int, always: bool, segment_size: int) -> Store:
+        """Open for reading and writing; with `create`, make the database if there is none."""
+        directory = _directory(path, create=create, mode=mode)
+        store = cls(Log(directory, write=True, mode=mode, segment_size=segment_size), always=always)
+        store._under_lock(store._open, create)
+        return store
+
+    @classmethod
+    def open_new(cls, path: str, *, mode: int, always: bool, segment_size: int) -> Store:
+        """Open an empty database in the place of one that is there, or of an empty file. The old contents stay until the commit."""
+        if os.path.isfile(path) and not os.path.islink(path) and os.path.getsize(path) == 0:
+            os.unlink(path)
+        directory = _directory(path, create=True, mode=mode)
+        store = cls(Log(directory, write=True, mode=mode, segment_size=segment_size), always=always)
+        store._under_lock(store._replace)
+        return store
+
+    def _open(self, log: Log, create: bool) -> None:
+        present = log.directory.list()
+        if names.MANIFEST not in present:
+            if not create:
+                _refuse_lost_manifest(log.directory, present)
+                raise NotFoundError(2, "no database here", log.directory.name)
+            _refuse_foreign(log.directory, present)
+            _refuse_lost_manifest(log.directory, present)
+            self._create(1, 1)
+            return
+        log.adopt(read_manifest(log.directory))
+        _refuse_other_lineage(log, present)
+        recovery.open_keydir(log)
+        rotation.sweep(log.directory, log.manifest, present)
+        if log.active.identity().links > 1:
+            recovery.leave_linked_segment(log)
+
+    def _replace(self, log: Log) -> None:
+        present = log.directory.list()
+        if names.MANIFEST not in present:
+            _refuse_foreign(log.directory, present)
+        try:
+            old = read_manifest(log.directory)
+            log.adopt(old)
+            recovery.open_keydir(log)
+            recovery.ready(log)
+            rotation.clear(log)
+        except (error, FileNotFoundError):
+            known = [names.parse_segment(name) or names.parse_hint(name) or 0 for name in present]
+            self._create(max(known, default=0) + 1, 1)
+
+    def _create(self, first: int, number: int) -> None:
+        """Make an empty database out of the files that are there: the manifest is what brings it into being, last."""
+        log = self.log
+        fresh = Entry(first, secrets.randbits(64), 0)
+        segment.create(log.directory, fresh, log.mode)
+        listed = rotation.publish_manifest(log.directory, Manifest(number, first + 1, (fresh,)), log.mode)
+        recovery.rebuild(log)
+        rotation.sweep(log.directory, listed)
+
+    def _find_keydir(self) -> None:
+        """Of a reader: the shared keydir if it can be trusted, else one of its own."""
+        log = self.log
+        for _ in range(3):  # a writer may be opening, too
+            log.adopt(read_manifest(log.directory))
+            try:
+                file = log.directory.open(names.KEYDIR)
+            except FileNotFoundError:
+                break
+            if recovery.trusted(log, file):
+                log.keydir = Keydir(file, write=False)
+                log.refresh()
+                return
+        recovery.open_private_keydir(log)
+
+    def _recover(self) -> None:
+        """The keydir was damaged or replaced while it was mapped."""
+        if self.log.write:
+            self._under_lock(_recover_keydir)
+        else:
+            self._find_keydir()
+
+    # The lock.
+
+    def locked(self, action: Callable[..., Result], *args: object) -> Result:
+        """Run `action(log, ...)` under the lock, on a database that is whole and ready to be written."""
+        lock = self.lock
+        with lock.mutex:
+            if lock.busy:
+                lock.refuse_reentry()
+            try:
+                lock.busy = True
+                lock.acquire()
+                recovery.ready(self.log)
+                self._wrote = True
+                return action(self.log, *args)
+            except Damaged:
+                recovery.rebuild(self.log)
+                recovery.ready(self.log)
+                return action(self.log, *args)
+            finally:
+                lock.busy = False
+                lock.release()
+
+    def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
+        """Run `action(log, ...)` under the lock, on whatever is there."""
+        lock = self.lock
+        with lock.mutex:
+            lock.refuse_reentry()
+            try:
+                lock.busy = True
+                lock.acquire()
+                return action(self.log, *args)
+            finally:
+                lock.busy = False
+                lock.release()
+
+    # Reading.
+
+    def __len__(self) -> int:
+        """The number of keys. O(1)."""
+        log = self.log
+        while True:
+            words = log.keydir.words
+            if words[at.EPOCH] != log.epoch:
+                log.refresh()
+                continue
+            count = _count(log)
+            if words[at.EPOCH] == log.epoch:
+                return count
+
+    def contains(self, key: bytes) -> bool:
+        """Whether the key is there, without reading its value."""
+        return self.log.find(key) is not None
+
+    def value_at(self, key: bytes, location: int) -> bytes | None:
+        """The value of a key that a walk found at a location, or None if it is gone since."""
+        if location >> 32 in self.log.entries:
+            try:
+                return self.log.read(location).value
+            except (Gone, KeyError):
+                pass
+        return self.log.get(key)
+
+    def keys(self) -> Iterator[bytes]:
+        """Every key, in the order of the log."""
+        return (key for key, _ in walk.walk(self.log))
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every key with its value."""
+        for key, location in walk.walk(self.log):
+            value = self.value_at(key, location)
+            if value is not None:
+                yield key, value
+
+    def keys_after(self, key: bytes) -> Iterator[bytes]:
+        """The keys behind this one in the order of the log."""
+        location = self.log.find(key)
+        if location is None:
+            raise KeyError(key)
+        return (other for other, _ in walk.walk(self.log, location) if other != key)
+
+    # Writing.
+
+    def set(self, key: bytes, value: bytes) -> None:
+        """Set a key. O(1)."""
+        self.locked(write.put, key, value)
+        if self.always:
+            self.sync()
+
+    def delete(self, key: bytes) -> bool:
+        """Delete a key; False if it is not there. O(1)."""
+        found = self.locked(write.delete, key)
+        if self.always and found:
+            self.sync()
+        return found
+
+    def pop(self, key: bytes) -> bytes | None:
+        """Delete a key, and return its value; None if it is not there."""
+        value = self.locked(_pop, key)
+        if self.always and value is not None:
+            self.sync()
+        return value
+
+    def popitem(self) -> tuple[bytes, bytes] | None:
+        """Delete some key, and return it with its value; None if there is none. A loop of these is linear in all."""
+        while len(self):
+            for key, location in walk.walk(self.log, self._popped):
+                self._popped = location
+                value = self.pop(key)
+                if value is not None:
+                    return key, value
+            self._popped = 0
+        return None
+
+    def setdefault(self, key: bytes, default: bytes) -> bytes:
+        """The value of a key, which is set to `default` if it is not there."""
+        value = self.log.get(key)
+        if value is None:
+            value = self.locked(_setdefault, key, default)
+            if self.always:
+                self.sync()
+        return value
+
+    def clear(self) -> None:
+        """Delete every key. O(1), but for unlinking the files."""
+        self.locked(rotation.clear)
+        self._popped = 0
+
+    def merge(self, progress: Callable[[int, int], object] | None = None) -> merge.MergeResult:
+        """Give back the space of dead records. O(bytes of the segments that are worth it)."""
+        result = merge.merge(self.log, self.locked, progress)
+        self.locked(_shrink_keydir)
+        return result
+
+    # Durability.
+
+    def sync(self) -> None:
+        """Make everything that has been written durable (fdatasync)."""
+        log = self.log
+        if log.keydir.words[at.EPOCH] != log.epoch:
+            log.refresh()
+        file, active = log.active, log.manifest.active.id
+        tail = log.keydir.counter(at.TAIL)
+        self._sync_file(file.sync_contents)
+        if tail >> 32 == active:  # else the rotation synced it
+            log.keydir.words[at.SYNCED_TO] = tail
+
+    def _sync_file(self, call: Callable[[], None]) -> None:
+        """An fsync that failed is never tried again: the kernel may have dropped the pages, and would report success."""
+        words = self.log.keydir.words
+        if words[at.STATE] == at.POISONED:
+            recovery.ready(self.log)
+        try:
+            call()
+        except OSError:
+            words[at.STATE] = at.POISONED
+            raise
+
+    def close(self) -> None:
+        """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            if self._wrote:
+                self._settle()
+        finally:
+            self.log.get = _closed
+
+    def _settle(self) -> None:
+        log = self.log
+        self.sync()
+        self._write_hints()
+        while not self.locked(_seal_slice):
+            pass
+        clean = len(self) >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
+        self.locked(_rest, clean)
+        if clean:
+            tail = log.keydir.counter(at.TAIL)
+            log.keydir.file.sync()
+            self._under_lock(_mark_clean, tail)
+            log.keydir.file.sync()
+
+    def _write_hints(self) -> None:
+        """The hints of the segments that this handle sealed: in proportion to what it wrote itself."""
+        log = self.log
+        for number in log.sealed_here:
+            entry = log.entries.get(number)
+            if entry is not None and entry.length and contents.mapped_hint(log.directory, entry) is None:
+                buffer = segment.map_segment(segment.open_segment(log.directory, entry), entry.length)
+                reading = contents.Reading(buffer, entry, entry.length)
+                contents.write_hint(log.directory, entry, reading.keys(), log.mode)
+        log.sealed_here.clear()
+
+    # Information.
+
+    def stats(self) -> Stats:
+        """The state of the database. O(segments + pages of the index)."""
+        log = self.log
+        count = len(self)
+        words, rows = log.keydir.words, log.rows
+        lengths = {entry.id: log.end_of(entry) for entry in log.manifest.segments}
+        dead = sum(words[rows[number] + at.ROW_DEAD] for number in lengths)
+        active = log.manifest.active.id
+        tombstones = log.keydir.counter(at.TOMBSTONES)
+        tombstones += sum(words[rows[number] + at.ROW_TOMBSTONES] for number in lengths if number != active)
+        log_bytes = sum(lengths.values())
+        pages = sum(1 for _ in log.keydir.pages())
+        return Stats(
+            keys=count,
+            live_bytes=log_bytes - len(lengths) * segment.FIRST_RECORD - dead - tombstones,
+            dead_bytes=dead,
+            tombstone_bytes=tombstones,
+            segments=len(lengths),
+            log_bytes=log_bytes,
+            disk_bytes=log.directory.disk_bytes(),
+            index_bytes=words[at.CAPACITY] * PAGE_SIZE,
+            index_pages=pages,
+            index_load=count / (pages * SLOTS),
+        )
+
+
+def _closed(key: bytes) -> bytes | None:
+    raise error("DBM object has already been closed")
+
+
+# Opening.
+
+
+def _directory(path: str, *, create: bool = False, mode: int = 0) -> Directory:
+    try:
+        return Directory(path)
+    except FileNotFoundError as missing:
+        if not create:
+            raise NotFoundError(missing.errno, "no database here", path) from missing
+    except NotADirectoryError as other:
+        raise error(other.errno, "this is a file and not a database (move it away, or convert it)", path) from other
+    try:
+        files.make_directory(path, mode | (mode & 0o444) >> 2)
+    except FileExistsError:
+        pass  # somebody else has just made it
+    return Directory(path)
+
+
+def _refuse_foreign(directory: Directory, present: list[str]) -> None:
+    ours = (names.KEYDIR, names.MANIFEST)
+    for name in present:
+        if not (name in ours or names.parse_segment(name) or names.parse_hint(name) or names.is_temporary(name)):
+            raise error(17, f"this directory is not a database: it holds {name!r}; nothing was changed", directory.name)
+
+
+def _refuse_lost_manifest(directory: Directory, present: list[str]) -> None:
+    """A directory without a manifest is a creation that was cut short, but only if no segment in it holds a record."""
+    for name in present:
+        if names.parse_segment(name):
+            status = directory.identity_of(name)
+            if status is not None and status.size > segment.FIRST_RECORD:
+                raise CorruptionError(directory.where(names.MANIFEST), None, "it is missing, and there are segments with records; run `repair`")
+
+
+def _refuse_other_lineage(log: Log, present: list[str]) -> None:
+    for name in present:
+        number = names.parse_segment(name)
+        if number is not None and number > log.manifest.next_id:
+            reason = f"segment {name} is newer than this manifest, which seems to be restored from elsewhere; nothing was changed; run `repair`"
+            raise CorruptionError(log.directory.where(names.MANIFEST), None, reason)
+
+
+def _recover_keydir(log: Log) -> None:
+    identity = log.directory.identity_of(names.KEYDIR)
+    if identity is None or identity[:2] != log.keydir.file.identity()[:2]:
+        recovery.open_keydir(log)
+    else:
+        recovery.rebuild(log)
+
+
+# Reading.
+
+
+def _count(log: Log) -> int:
+    """The number of keys; an operation that died between its slot and the counters counts as its slot says."""
+    words = log.keydir.words
+    while True:
+        current = words[at.CURRENT]
+        other = current ^ at.COUNTERS_A ^ at.COUNTERS_B
+        tail, count = words[current + at.TAIL], words[current + at.COUNT]
+        if words[other + at.START] == tail and words[other + at.TAIL] >> 32 == tail >> 32 and tail >> 32 in log.entries:
+            prepared = words[other + at.COUNT]
+            if prepared != count and _is_published(log, tail):
+                count = prepared
+        if words[at.CURRENT] == current:
+            return int(count)
+
+
+def _is_published(log: Log, tail: int) -> bool:
+    """Whether the slot of the record at the tail has been stored already."""
+    try:
+        found = log.peek(tail)
+    except CorruptionError:
+        return False
+    table = log.keydir.table
+    slots = [table.words[slot] for slot in probe(table, key_hash(found.key, table.seed)).found]
+    return not slots if found.flags & TOMBSTONE else tail in slots
+
+
+# Actions under the lock.
+
+
+def _pop(log: Log, key: bytes) -> bytes | None:
+    place = write.locate(log, key, room=False)
+    if not place.location:
+        return None
+    value = log.read(place.location).value
+    start, length, checksum = write.append(log, TOMBSTONE, key, b"")
+    write.publish(log, place, start, length, checksum, flags=TOMBSTONE)
+    return value
+
+
+def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
+    place = write.locate(log, key, room=False)
+    if place.location:
+        return log.read(place.location).value
+    write.put(log, key, default)
+    return default
+
+
+def _seal_slice(log: Log) -> bool:
+    return log.keydir.seal(_PAGES_A_SLICE)
+
+
+def _rest(log: Log, clean: bool) -> None:
+    """The last thing that a closing writer does under the lock: vouch for what is synced, and seal pages and header."""
+    words = log.keydir.words
+    if words[at.SYNCED_TO] == words[words[at.CURRENT] + at.TAIL]:
+        write.mark(log)
+    if words[at.UNSEALED] > len(log.keydir.touched) and (clean or words[at.PAGES] <= _PAGES_A_SLICE):
+        log.keydir.touch_unsealed()
+    log.keydir.seal(len(log.keydir.touched))
+    log.keydir.rest(at.RESTING)
+
+
+def _mark_clean(log: Log, tail: int) -> None:
+    words = log.keydir.words
+    if words[at.STATE] == at.RESTING and words[words[at.CURRENT] + at.TAIL] == tail and not words[at.UNSEALED]:
+        words[at.CLEANED_AT] = int(time())
+        log.keydir.rest(at.CLEAN)
+
+
+def _shrink_keydir(log: Log) -> None:
+    needed = len(log.rows) // 64 + log.keydir.counter(at.COUNT) * 2 // SLOTS + 16
+    if log.keydir.words[at.PAGES] > needed * _SHRINK:
+        recovery.rebuild(log)

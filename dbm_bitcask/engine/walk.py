@@ -1,0 +1,205 @@
+"""Walk: the keys of the database in the order of the log.
+
+A walk covers the log up to the tail T at its start, and asks the keydir about each record that it meets, at location L:
+
+    the slot of its key is at L          yield it
+    there is no slot                     skip it: the key is deleted
+    the slot is at or before T           skip it: the walk comes there, or was there
+    the slot is beyond T                 overwritten, or moved by a merge, since: yield the key once, and remember that
+
+So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments stay open
+until they have been walked, so that a merge does not take them away. Memory: only keys that moved beyond T are remembered.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_64_intdigest
+
+from . import contents, record, segment
+from . import header as at
+from .header import MASK32
+from .log import Gone
+from .page import Damaged, key_hash, probe
+from .record import BATCH, EXPIRES, HEADER, TOMBSTONE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Buffer
+
+    from .files import File
+    from .log import Log
+    from .manifest import Entry
+
+__all__ = ["walk"]
+
+_SKIPPED = contents.OVERHEAD | TOMBSTONE
+
+
+def walk(log: Log, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Every present key with a location of its record, from location `start` on. O(bytes of hints, or of records without one).
+
+    Where records are damaged, every key that can be read is yielded first; then `CorruptionError` tells of the others.
+    """
+    tail, segments = _hold(log, start)
+    moved: set[bytes] = set()
+    damage = log.keydir.words[at.DAMAGED]
+    segments.reverse()
+    while segments:
+        held = segments.pop()
+        first = start & MASK32 if start >> 32 == held.entry.id else segment.FIRST_RECORD
+        yield from _walk_segment(log, held, first, tail, moved)
+        damage = damage or (held.entry.id << 32 | held.damage[0] if held.damage else 0)
+    if damage:
+        raise log.corrupt(damage, "keys were lost here; all others have been listed; run `repair`")
+
+
+def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
+    """The tail, and the segments from `start` up to it, all of one moment."""
+    while True:
+        if log.keydir.words[at.EPOCH] != log.epoch:
+            log.refresh()
+        epoch, entries = log.epoch, log.manifest.segments
+        tail = log.keydir.counter(at.TAIL)
+        try:
+            held = [_open(log, entry, tail) for entry in entries if start >> 32 <= entry.id <= tail >> 32]
+        except Gone as gone:
+            log.require_change(epoch, gone)
+            continue
+        if log.keydir.words[at.EPOCH] == epoch == log.epoch:
+            return tail, held
+
+
+def _open(log: Log, entry: Entry, tail: int) -> Held:
+    if entry == log.manifest.active:
+        end = tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD
+        return Held(entry, log.active, end, None)
+    try:
+        file = segment.open_segment(log.directory, entry)
+    except FileNotFoundError as missing:
+        raise Gone(str(missing.filename)) from missing
+    return Held(entry, file, entry.length, contents.mapped_hint(log.directory, entry))
+
+
+def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]) -> Iterator[tuple[bytes, int]]:
+    """The inner loop: one turn a record. Written out in one function for `keys()`; `python -m compat.peers` times it."""
+    base = held.entry.id << 32
+    xxh3 = xxh3_64_intdigest
+    table, epoch = log.keydir.table, log.epoch
+    words, directory, shift, seed, checked = table
+    for offset, flags, key in held.keys(first):
+        if flags & _SKIPPED:
+            held.verify(offset)
+            continue
+        if words[at.EPOCH] != epoch:
+            log.refresh()
+            table, epoch = log.keydir.table, log.epoch
+            words, directory, shift, seed, checked = table
+        location = base | offset
+        hashed = xxh3(key, seed)
+        index = hashed >> shift
+        page = (directory[index] & MASK32) << 9
+        place = hashed & 0x1FE
+        if checked[index]:
+            while (word := words[page + place]) and word != hashed:
+                place = (place + 2) & 0x1FE
+                if place == hashed & 0x1FE:
+                    break
+            if word == hashed and words[page + place + 1] == location:
+                yield key, location
+                continue
+        if _is_due(log, key, location, tail, moved, held):
+            yield key, location
+
+
+def _is_due(log: Log, key: bytes, location: int, tail: int, moved: set[bytes], held: Held) -> bool:
+    """The whole of the rule, where the first slot of the hash is not the record's own."""
+    while True:
+        slots = _slots(log, key)
+        if location in slots:
+            return True
+        if not slots:
+            held.verify(location & MASK32)  # a damaged key has no slot, either
+        if key in moved:
+            return False
+        epoch = log.epoch
+        try:
+            if any(slot > tail and slot >> 32 in log.entries and log.peek(slot).key == key for slot in slots):
+                moved.add(key)
+                return True
+        except Gone as gone:
+            log.require_change(epoch, gone)
+            continue
+        return False
+
+
+def _slots(log: Log, key: bytes) -> list[int]:
+    """The locations in the slots of a key's hash."""
+    while True:
+        table, epoch = log.keydir.table, log.epoch
+        try:
+            slots = [table.words[slot] for slot in probe(table, key_hash(key, table.seed)).found]
+        except Damaged:
+            log.recover()
+            continue
+        if table.words[at.EPOCH] == epoch == log.epoch:
+            return slots
+        log.refresh()
+
+
+class Held:
+    """A segment that a walk keeps open, up to the end that it had when the walk began."""
+
+    def __init__(self, entry: Entry, file: File, end: int, hint: Buffer | None) -> None:
+        self.entry = entry
+        self.end = end
+        self.hint = hint
+        self.file = file
+        self.damage: list[int] = []  # offsets
+
+    @cached_property
+    def buffer(self) -> Buffer:
+        return segment.map_segment(self.file, self.end)
+
+    def keys(self, first: int) -> Iterator[tuple[int, int, bytes]]:
+        """(offset, flags, key) of each record from `first` on; unverified if there is no hint: the slot vouches for the key."""
+        if self.hint is not None and first == segment.FIRST_RECORD:
+            yield from contents.hinted_keys(self.hint)
+            return
+        self.hint = None
+        unpack, size = HEADER.unpack_from, HEADER.size
+        data = memoryview(self.buffer)
+        offset, last = first, self.end - size
+        while offset <= last:
+            _, key_size, value_size, _, flags = unpack(data, offset)
+            start = offset + size
+            if flags & (EXPIRES | BATCH):
+                if flags & BATCH:
+                    offset = start  # the records of the batch follow
+                    continue
+                start += 8
+            middle = start + key_size
+            after = middle + value_size + 7 & ~7
+            if after > self.end:
+                break
+            seen = len(self.damage)
+            yield offset, flags, bytes(data[start:middle])
+            offset = after if len(self.damage) == seen else self._resume(offset)
+        if offset < self.end:
+            self.damage.append(offset)
+            offset = self._resume(offset)
+            if offset < self.end:
+                yield from self.keys(offset)
+
+    def _resume(self, offset: int) -> int:
+        return segment.next_valid(self.buffer, self.entry.salt, offset + record.ALIGNMENT, self.end) or self.end
+
+    def verify(self, offset: int) -> None:
+        """Note the record as damaged if it does not verify. What a hint says needs no proof."""
+        if self.hint is None:
+            found = next(segment.scan(self.buffer, self.entry.salt, offset, self.end), None)
+            if found is None:
+                self.damage.append(offset)

@@ -1,0 +1,163 @@
+"""Write: how one operation changes log and index. The caller holds the lock, and `recovery.ready` has been called.
+
+    1. Find the place of the key, and make room for it: a full page is split, which asks for space before anything changes.
+    2. Append the record. From here on the segment is longer than TAIL says: whoever comes next finds the operation unfinished.
+    3. Prepare the other copy of the counters, its START last.
+    4. Store the slot.
+    5. Store the dead bytes of the segment that held the old record; make the copy current.
+
+A crash after 2 or 3 is finished by `recovery.repair`, from the record or from the prepared counters; both give the same. Nothing here
+cuts anything back: a failed call leaves what it leaves, and the next operation repairs.
+"""
+
+from __future__ import annotations
+
+import struct
+from time import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import header as at
+from . import record, rotation
+from .errors import CorruptionError
+from .header import MASK32
+from .log import Gone
+from .page import key_hash, probe
+from .record import TOMBSTONE
+from .segment import FIRST_RECORD
+
+if TYPE_CHECKING:
+    from .log import Log
+
+__all__ = ["Place", "append", "delete", "locate", "publish", "put"]
+
+_COUNTERS = struct.Struct("<6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
+_U64 = struct.Struct("<Q")
+_OTHER = at.COUNTERS_A ^ at.COUNTERS_B
+
+
+class Place(NamedTuple):
+    """The slot for a key, and the record that it replaces (location 0: none)."""
+
+    hashed: int
+    slot: int
+    location: int
+    length: int
+
+
+def locate(log: Log, key: bytes, *, room: bool) -> Place:
+    """The place of a key; with `room`, one that can take a new key."""
+    keydir = log.keydir
+    hashed = key_hash(key, keydir.table.seed)
+    found, free, _ = keydir.room(hashed) if room else probe(keydir.table, hashed)
+    words = keydir.words
+    for slot in found:
+        location = words[slot]
+        if location >> 32 not in log.entries:
+            free = slot  # of a segment that is gone: as good as empty, and of this very hash
+            continue
+        length = _length_if_same(log, location, key)
+        if length is not None:
+            return Place(hashed, slot, location, length)
+    return Place(hashed, free, 0, 0)
+
+
+def _length_if_same(log: Log, location: int, key: bytes) -> int | None:
+    """The length of the record if its key is this one. A damaged record counts as the same key: or it could never be replaced."""
+    try:
+        old = log.peek(location)
+        if old.key == key:
+            return old.length
+        log.read(location)
+    except (CorruptionError, Gone):
+        return 0
+    return None
+
+
+def put(log: Log, key: bytes, value: bytes) -> None:
+    """Set a key."""
+    place = locate(log, key, room=True)
+    start, length, checksum = append(log, 0, key, value)
+    publish(log, place, start, length, checksum, flags=0)
+
+
+def delete(log: Log, key: bytes) -> bool:
+    """Delete a key; False if it is not there."""
+    place = locate(log, key, room=False)
+    if not place.location:
+        return False
+    start, length, checksum = append(log, TOMBSTONE, key, b"")
+    publish(log, place, start, length, checksum, flags=TOMBSTONE)
+    return True
+
+
+def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None = None) -> tuple[int, int, int]:
+    """Append a record at the tail, in a new segment if it does not fit: its location, length and checksum."""
+    length = record.record_length(flags, len(key), len(value))
+    words = log.keydir.words
+    tail = words[words[at.CURRENT] + at.TAIL]
+    if (tail & MASK32) + length > log.segment_size and tail & MASK32 > FIRST_RECORD:
+        rotation.rotate(log)
+        words = log.keydir.words
+        tail = words[words[at.CURRENT] + at.TAIL]
+    if words[at.SYNCED_TO] == tail:
+        flags |= record.SYNCED
+    offset = tail & MASK32
+    data = record.encode(flags, key, value, log.manifest.active.salt ^ offset, int(time()) if written is None else written)
+    done = log.active.pwrite(data, offset)
+    if done != length:
+        log.active.write(data[done:], offset + done)
+    return tail, length, _U64.unpack_from(data)[0]
+
+
+def publish(log: Log, place: Place, start: int, length: int, checksum: int, *, flags: int) -> None:
+    """Make the appended record the one that counts for its key."""
+    keydir = log.keydir
+    words = keydir.words
+    current = words[at.CURRENT]
+    count, tombstones = words[current + at.COUNT], words[current + at.TOMBSTONES]
+    row = dead = 0
+    if place.location:
+        row = log.rows[place.location >> 32] + at.ROW_DEAD
+        dead = words[row] + place.length
+    location = start
+    if flags & TOMBSTONE:
+        location = 0
+        count -= 1 if place.location else 0
+        tombstones += length
+    elif not place.location:
+        count += 1
+    other = current ^ _OTHER
+    _COUNTERS.pack_into(words, other * 8, start + length, count, tombstones, checksum, row, dead)
+    words[other + at.START] = start
+    settle(log, place, location, other)
+
+
+def settle(log: Log, place: Place, location: int, prepared: int) -> None:
+    """Steps 4 and 5: do what the prepared counters say."""
+    words = log.keydir.words
+    if location or place.location:
+        log.keydir.store(place.slot, place.hashed, location)
+    row = words[prepared + at.ROW]
+    if row:
+        words[row] = words[prepared + at.DEAD]
+    words[at.CURRENT] = prepared
+
+
+def mark(log: Log) -> None:
+    """Append a record that says: everything before me in this segment has been synced."""
+    start, length, checksum = append(log, record.MARK, b"", b"")
+    publish_mark(log, start, length, checksum)
+
+
+def publish_mark(log: Log, start: int, length: int, checksum: int) -> None:
+    """Count an appended mark: its bytes are dead from the beginning."""
+    words = log.keydir.words
+    current = words[at.CURRENT]
+    other = current ^ _OTHER
+    row = log.rows[start >> 32] + at.ROW_DEAD
+    if words[other + at.START] != start:
+        count, tombstones = words[current + at.COUNT], words[current + at.TOMBSTONES]
+        _COUNTERS.pack_into(words, other * 8, start + length, count, tombstones, checksum, row, words[row] + length)
+        words[other + at.START] = start
+    words[row] = words[other + at.DEAD]
+    words[at.CURRENT] = other

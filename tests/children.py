@@ -1,0 +1,57 @@
+"""Other processes, for tests about what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import dbm_bitcask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Do `work` in a child that leaves by `os._exit`: no handle is closed, nothing is flushed. Returns the pid."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a test runner that has threads
+        pid = os.fork()
+    if not pid:
+        _work_and_die(work)
+    return pid
+
+
+def fork_and_wait(work: Callable[[], object]) -> None:
+    _, status = os.waitpid(fork(work), 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the child failed, its traceback is on stderr"
+
+
+def _work_and_die(work: Callable[[], object]) -> NoReturn:
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001  (a child must never return into the test runner)
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def run_python(script: str, *arguments: object) -> str:
+    """Run a script in a new interpreter that imports the same package; its output."""
+    package = Path(dbm_bitcask.__file__).parent.parent
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

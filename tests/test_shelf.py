@@ -1,0 +1,306 @@
+"""The main job: a shelf in place of a dict, by `shelve.Shelf(dbm_bitcask.open(path))` and by `open_shelf`."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import pickle
+import shelve
+
+import pytest
+
+import dbm_bitcask
+from children import run_python
+
+VALUES = {
+    "none": None,
+    "number": 2**100,
+    "float": 1e-300,
+    "text": "größe",
+    "empty bytes": b"",
+    "list": [1, [2, [3]]],
+    "dict": {"a": {1, 2}, (1, 2): None},
+    "date": datetime.date(2024, 2, 29),
+    "decimal": decimal.Decimal("0.10"),
+    "counter": collections.Counter("mississippi"),
+    "large": "x" * 100_000,
+}
+
+SHELVES = {
+    "shelve.Shelf": lambda path, **options: shelve.Shelf(dbm_bitcask.open(path), **options),
+    "open_shelf": lambda path, **options: dbm_bitcask.open_shelf(path, **options),
+}
+every_protocol = pytest.mark.parametrize("protocol", [None, *range(pickle.HIGHEST_PROTOCOL + 1)])
+
+
+@pytest.fixture(params=SHELVES.values(), ids=SHELVES)
+def opened(request, path):
+    """Opens a shelf at `path`, in either way."""
+    return lambda **options: request.param(path, **options)
+
+
+def test_open_shelf_gives_a_shelf(path):
+    with dbm_bitcask.open_shelf(path) as shelf:
+        assert type(shelf) is dbm_bitcask.Shelf
+        assert isinstance(shelf, shelve.Shelf)
+        assert isinstance(shelf.dict, dbm_bitcask.Database)
+
+
+@every_protocol
+def test_values_come_back_equal_in_every_protocol(opened, protocol):
+    with opened(protocol=protocol) as shelf:
+        for key, value in VALUES.items():
+            shelf[key] = value
+        assert dict(shelf) == VALUES
+    with opened(protocol=protocol) as shelf:
+        assert len(shelf) == len(VALUES)
+        assert {key: shelf[key] for key in VALUES} == VALUES
+        assert dict(shelf.items()) == VALUES
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_protocol_is_the_one_that_was_asked_for(opened, protocol):
+    with opened(protocol=protocol) as shelf:
+        shelf["key"] = [1, 2]
+        assert shelf.dict[b"key"] == pickle.dumps([1, 2], protocol)
+
+
+def test_both_ways_read_what_the_other_wrote(path):
+    with shelve.Shelf(dbm_bitcask.open(path)) as shelf:
+        shelf.update(VALUES)
+    with dbm_bitcask.open_shelf(path) as shelf:
+        assert dict(shelf) == VALUES
+        shelf["new"] = [1]
+    with shelve.Shelf(dbm_bitcask.open(path, "r")) as shelf:
+        assert dict(shelf) == {**VALUES, "new": [1]}
+
+
+def test_keys_are_str(opened):
+    with opened() as shelf:
+        shelf["größe"] = 1
+        shelf[""] = 2
+        assert sorted(shelf) == sorted(shelf.keys()) == ["", "größe"]
+        assert "größe" in shelf
+        assert shelf.dict.keys()[0] in ("größe".encode(), b"")
+        assert shelf.pop("größe") == 1
+        assert list(shelf) == [""]
+
+
+def test_keyencoding_is_that_of_the_stored_keys(opened):
+    with opened(keyencoding="latin-1") as shelf:
+        shelf["größe"] = 1
+        assert shelf.dict.keys() == ["größe".encode("latin-1")]
+    with opened(keyencoding="latin-1") as shelf:
+        assert list(shelf) == ["größe"]
+        assert shelf["größe"] == 1
+
+
+def test_missing_key_is_a_key_error(opened):
+    with opened() as shelf:
+        shelf["key"] = 1
+        with pytest.raises(KeyError):
+            shelf["missing"]
+        with pytest.raises(KeyError):
+            del shelf["missing"]
+        assert shelf.get("missing") is None
+        assert shelf.get("missing", 5) == 5
+        assert shelf.get("key", 5) == 1
+        assert shelf.pop("missing", 6) == 6
+        with pytest.raises(KeyError):
+            shelf.pop("missing")
+
+
+def test_shelf_is_a_mapping_like_a_dict(opened):
+    expected = {str(i): list(range(i)) for i in range(40)}
+    with opened() as shelf:
+        shelf.update(expected)
+        assert shelf == expected
+        assert len(shelf) == 40
+        assert sorted(shelf.items()) == sorted(expected.items())
+        assert sorted(shelf.values()) == sorted(expected.values())
+        assert shelf.setdefault("3", "other") == [0, 1, 2]
+        assert shelf.setdefault("new", {"a": 1}) == {"a": 1}
+        key, value = shelf.popitem()
+        assert {**expected, "new": {"a": 1}}[key] == value
+        assert len(shelf) == 40
+
+
+def test_value_that_cannot_be_pickled_changes_nothing(opened):
+    with opened() as shelf:
+        shelf["key"] = "before"
+        with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+            shelf["key"] = lambda: None
+        assert dict(shelf) == {"key": "before"}
+
+
+def test_mutation_is_forgotten_without_writeback(opened):
+    with opened() as shelf:
+        shelf["list"] = [1]
+        shelf["list"].append(2)
+        assert shelf["list"] == [1]
+        value = shelf["list"]
+        value.append(2)
+        shelf["list"] = value
+    with opened() as shelf:
+        assert shelf["list"] == [1, 2]
+
+
+def test_mutation_is_written_back_when_the_shelf_is_closed(opened):
+    with opened(writeback=True) as shelf:
+        shelf["deep"] = {"a": {"b": []}}
+        shelf["deep"]["a"]["b"].append(1)
+        assert shelf["deep"]["a"]["b"] == [1]
+    with opened(writeback=True) as shelf:
+        shelf["deep"]["a"]["b"].append(2)
+        shelf.setdefault("list", []).append(3)
+    with opened() as shelf:
+        assert dict(shelf) == {"deep": {"a": {"b": [1, 2]}}, "list": [3]}
+
+
+def test_mutation_is_seen_by_others_after_sync(opened, path):
+    with opened(writeback=True) as shelf:
+        shelf["list"] = [1]
+        shelf["list"].append(2)
+        with dbm_bitcask.open_shelf(path, "r") as other:
+            assert other["list"] == [1]
+            shelf.sync()
+            assert other["list"] == [1, 2]
+
+
+def test_deleted_key_is_not_written_back(opened):
+    with opened(writeback=True) as shelf:
+        shelf["key"] = [1]
+        shelf["key"].append(2)
+        del shelf["key"]
+    with opened() as shelf:
+        assert dict(shelf) == {}
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+def test_clear_empties_the_shelf_for_good(opened, writeback):
+    with opened(writeback=writeback) as shelf:
+        shelf.update({str(i): [i] for i in range(300)})
+        assert shelf["7"] == [7]
+        shelf.clear()
+        assert dict(shelf) == {}
+        assert len(shelf) == 0
+        shelf["new"] = 1
+    with opened() as shelf:
+        assert dict(shelf) == {"new": 1}
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+def test_pop_and_popitem_take_values_for_good(opened, writeback):
+    with opened(writeback=writeback) as shelf:
+        shelf.update({str(i): [i] for i in range(50)})
+        assert shelf["7"] == [7]
+        assert shelf.pop("7") == [7]
+        taken = dict(shelf.popitem() for _ in range(49))
+        assert taken == {str(i): [i] for i in range(50) if i != 7}
+    with opened() as shelf:
+        assert dict(shelf) == {}
+
+
+def test_closing_a_shelf_closes_its_database(opened):
+    shelf = opened()
+    shelf["key"] = 1
+    database = shelf.dict
+    shelf.close()
+    shelf.close()
+    with pytest.raises(dbm_bitcask.error):
+        database[b"key"]
+    with pytest.raises(ValueError, match="closed"):
+        shelf["key"]
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_shelf_can_be_changed_while_iterating(opened, turn):
+    with opened() as shelf:
+        shelf.update({str(i): i for i in range(100)})
+        seen = []
+        for key in shelf:
+            seen.append(key)
+            if turn == 0:
+                shelf[key] = -1
+            elif turn == 1:
+                del shelf[key]
+            else:
+                shelf[key + "x"] = 0
+            assert len(seen) < 1000
+        assert sorted(key for key in seen if not key.endswith("x")) == sorted(str(i) for i in range(100))
+
+
+def test_shelf_opened_for_reading_refuses_to_write_and_closes_quietly(path):
+    with dbm_bitcask.open_shelf(path) as shelf:
+        shelf["key"] = [1]
+    with dbm_bitcask.open_shelf(path, "r") as shelf:
+        assert shelf["key"] == [1]
+        with pytest.raises(dbm_bitcask.error, match="reading only"):
+            shelf["key"] = 2
+        with pytest.raises(dbm_bitcask.error, match="reading only"):
+            del shelf["key"]
+        with pytest.raises(dbm_bitcask.error, match="reading only"):
+            shelf.clear()
+    with dbm_bitcask.open_shelf(path, "r") as shelf:
+        assert dict(shelf) == {"key": [1]}
+
+
+def test_flags_of_open_shelf_are_those_of_open(path):
+    with pytest.raises(FileNotFoundError):
+        dbm_bitcask.open_shelf(path, "w")
+    with pytest.raises(ValueError, match="Flag must be one of"):
+        dbm_bitcask.open_shelf(path, "x")
+    with dbm_bitcask.open_shelf(path, "c") as shelf:
+        shelf["key"] = 1
+    with dbm_bitcask.open_shelf(path, "n") as shelf:
+        assert dict(shelf) == {}
+
+
+def test_open_shelf_passes_options_to_open(path):
+    with dbm_bitcask.open_shelf(path, segment_size=4096, sync="always") as shelf:
+        for i in range(100):
+            shelf[str(i)] = "x" * 200
+        assert shelf.dict.stats().segments > 3
+    with pytest.raises(ValueError, match="segment_size"):
+        dbm_bitcask.open_shelf(path, segment_size=1)
+    with pytest.raises(TypeError):
+        dbm_bitcask.open_shelf(path, unknown=1)
+
+
+def test_open_shelf_with_a_bad_protocol_leaves_the_database_as_it_was(path):
+    with dbm_bitcask.open_shelf(path) as shelf:
+        shelf["key"] = 1
+        with dbm_bitcask.open_shelf(path, protocol=99) as bad, pytest.raises(ValueError, match="protocol"):
+            bad["key"] = 2
+        assert dict(shelf) == {"key": 1}
+
+
+def test_merging_under_a_shelf_keeps_its_values(opened):
+    with opened() as shelf:
+        for turn in range(5):
+            shelf.update({str(i): [turn, i] for i in range(50)})
+        shelf.dict.reorganize()
+        assert dict(shelf) == {str(i): [4, i] for i in range(50)}
+    with opened() as shelf:
+        assert dict(shelf) == {str(i): [4, i] for i in range(50)}
+
+
+def test_forty_shelves_are_open_at_once(tmp_path):
+    shelves = [dbm_bitcask.open_shelf(tmp_path / str(i)) for i in range(40)]
+    for i, shelf in enumerate(shelves):
+        shelf["key"] = i
+    assert [shelf["key"] for shelf in shelves] == list(range(40))
+    for shelf in shelves:
+        shelf.close()
+
+
+def test_shelf_is_read_by_a_new_interpreter(path):
+    with dbm_bitcask.open_shelf(path) as shelf:
+        shelf.update(VALUES)
+    script = """
+import dbm_bitcask, shelve, sys
+with shelve.Shelf(dbm_bitcask.open(sys.argv[1], "r")) as shelf:
+    print(len(shelf), shelf["date"], shelf["counter"]["s"])
+"""
+    assert run_python(script, path).split() == [str(len(VALUES)), "2024-02-29", "4"]
