@@ -91,7 +91,7 @@ def _as_error(failure: OSError, path: str) -> error:
 
 
 def whichdb(file: Path) -> str | None:
-    """"dbm_bitcask" if `file` is a database of ours, else None. Reads the first bytes of its manifest; never asks `dbm`."""
+    """ "dbm_bitcask" if `file` is a database of ours, else None. Reads the first bytes of its manifest; never asks `dbm`."""
     try:
         head = Directory(os.fsdecode(file)).open(names.MANIFEST).read(len(manifest.MARKER), 0)
     except OSError:
@@ -185,7 +185,8 @@ class Database(MutableMapping[bytes, bytes]):
 
     def __setitem__(self, key: Bytes, value: Bytes) -> None:
         """Set a key. O(1): one record is appended."""
-        store = self._writable_store()
+        if self._store.closed or not self._writable:
+            self._writable_store()
         if type(key) is not bytes:
             key = _as_bytes(key, "keys")
         if type(value) is not bytes:
@@ -193,7 +194,7 @@ class Database(MutableMapping[bytes, bytes]):
         if len(key) + len(value) > _SIZE_LIMIT:
             raise ValueError(f"key and value have {len(key) + len(value)} bytes; at most {_SIZE_LIMIT} fit a record")
         try:
-            store.set(key, value)
+            self._store.set(key, value)
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
 

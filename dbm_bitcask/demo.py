@@ -268,11 +268,7 @@ def report_reading(reading: Reading) -> None:
 
 def print_how_to_look(path: str) -> None:
     """Print a command that shows the user a record of the database."""
-    code = (
-        "import shelve, sys, dbm_bitcask; "
-        's = shelve.Shelf(dbm_bitcask.open(sys.argv[1], "r")); '
-        'print(s["SNOWMAN"], s[s["SNOWMAN"]])'
-    )
+    code = 'import shelve, sys, dbm_bitcask; s = shelve.Shelf(dbm_bitcask.open(sys.argv[1], "r")); print(s["SNOWMAN"], s[s["SNOWMAN"]])'
     print(f"\nThe database stays in {path} ({mega(disk_bytes(path))}). To look a character up:\n")
     print("  " + shlex.join([sys.executable, "-c", code, path]))
 

@@ -128,9 +128,7 @@ with dbm_bitcask.open(path) as db:
 
 
 @pytest.mark.skipif(sys.maxsize < 2**32, reason="a 32-bit process cannot hold anything that is too large")
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="needs sparse files, and a limit on memory that leaves out maps of files"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files, and a limit on memory that leaves out maps of files")
 @pytest.mark.parametrize("length", [2**32 - 1, 2**32, 2**32 + 4096, 2**33])
 def test_what_is_too_large_is_a_value_error_before_anything_is_written(path, tmp_path, length):
     run_python(TOO_LARGE, path, tmp_path / "sparse", length)
@@ -309,9 +307,7 @@ def lose_the_index(full):
         hint.unlink()
 
 
-with_and_without_index = pytest.mark.parametrize(
-    "lose", [lambda _full: None, lose_the_index], ids=["with index", "without index"]
-)
+with_and_without_index = pytest.mark.parametrize("lose", [lambda _full: None, lose_the_index], ids=["with index", "without index"])
 
 
 @pytest.mark.parametrize("flag", ["r", "w"])
@@ -410,9 +406,7 @@ def test_damaged_value_is_a_corruption_error_with_the_place_and_the_others_stay_
         assert 0 < failure.value.offset <= at
         assert file.name in str(failure.value)
         assert str(failure.value.offset) in str(failure.value)
-        assert {key: db[key] for key in ITEMS if key != b"key 60"} == {
-            key: value for key, value in ITEMS.items() if key != b"key 60"
-        }
+        assert {key: db[key] for key in ITEMS if key != b"key 60"} == {key: value for key, value in ITEMS.items() if key != b"key 60"}
     assert check(full)
 
 

@@ -140,9 +140,7 @@ def test_items_overwritten_while_iterating_carry_a_value_that_was_there(full):
 @pytest.mark.parametrize("view", ["items", "values"])
 def test_deleting_what_a_view_has_not_reached_does_not_break_it(full, view):
     doomed = sorted(KEYS)
-    bounded_view = visiting(
-        getattr(full, view)(), lambda _step, _item: full.pop(doomed.pop(), None) if doomed else None
-    )
+    bounded_view = visiting(getattr(full, view)(), lambda _step, _item: full.pop(doomed.pop(), None) if doomed else None)
     assert len(bounded_view) <= len(KEYS)
 
 
@@ -230,9 +228,7 @@ def apply(db, kind, key, size):
 
 
 @given(before=few_clears, meanwhile=few_clears, through_another_handle=st.booleans())
-def test_any_changes_meanwhile_leave_what_is_always_present_seen_exactly_once(
-    before, meanwhile, through_another_handle
-):
+def test_any_changes_meanwhile_leave_what_is_always_present_seen_exactly_once(before, meanwhile, through_another_handle):
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/db"
         with (

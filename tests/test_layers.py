@@ -133,9 +133,7 @@ def test_only_files_touches_the_operating_system(module):
     from_os = {name.split(".")[1] for name in engine_imports(module, types=False) if name.startswith("os.")}
     nodes = list(ast.walk(tree(ENGINE[module])))
     from_os |= {
-        node.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
     }
     assert from_os - OS_WITHOUT_IO == set()
     calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}

@@ -15,9 +15,7 @@ import dbm_bitcask
 from children import fork_and_wait
 
 keys = st.one_of(st.integers(0, 30).map(lambda i: b"key %d" % i), st.binary(max_size=3), st.just(b"k" * 5000))
-values = st.one_of(
-    st.binary(max_size=20), st.binary(min_size=1, max_size=1).map(lambda byte: byte * 1500), st.just(b"v" * 5000)
-)
+values = st.one_of(st.binary(max_size=20), st.binary(min_size=1, max_size=1).map(lambda byte: byte * 1500), st.just(b"v" * 5000))
 items = st.dictionaries(keys, values, max_size=12)
 default = object()
 
@@ -45,9 +43,7 @@ class DatabaseBesideDict(RuleBasedStateMachine):
         assert {key: db[key] for key in self.model} == self.model
         assert all(key in db for key in self.model)
 
-    @initialize(
-        segment_size=st.sampled_from([4096, 4096, 9000, 2**26]), sync=st.sampled_from(["never", "never", "always"])
-    )
+    @initialize(segment_size=st.sampled_from([4096, 4096, 9000, 2**26]), sync=st.sampled_from(["never", "never", "always"]))
     def create(self, segment_size, sync):
         self.options = {"segment_size": segment_size, "sync": sync}
         self.db = self.open("c")

@@ -393,9 +393,7 @@ def test_empty_regular_file_is_left_untouched_by_r_and_w(tmp_path, flag):
 
 
 @pytest.mark.parametrize("flag", ["r", "w", "c", "n"])
-@pytest.mark.parametrize(
-    "names", [["notes.txt"], ["MANIFEST"], ["keydir"], ["sub/notes.txt"], ["1.data", "a.hint"], [".hidden"]]
-)
+@pytest.mark.parametrize("names", [["notes.txt"], ["MANIFEST"], ["keydir"], ["sub/notes.txt"], ["1.data", "a.hint"], [".hidden"]])
 def test_directory_that_is_not_ours_is_left_untouched(tmp_path, flag, names):
     path = tmp_path / "directory"
     for name in names:
@@ -670,9 +668,7 @@ def test_r_changes_nothing_while_the_keydir_is_lost_and_the_writer_died(path):
 
 
 @pytest.mark.parametrize("name", ["keydir", "*.hint"])
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda _data: b"", lambda data: bytes(len(data))]
-)
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _data: b"", lambda data: bytes(len(data))])
 def test_r_changes_nothing_while_what_can_be_rebuilt_is_damaged(full, name, damage):
     with dbm_bitcask.open(full, "w", segment_size=4096) as db:
         db.reorganize()

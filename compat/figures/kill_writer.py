@@ -55,9 +55,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--keys", type=int, default=50_000, help="different keys (default: %(default)s)")
-    parser.add_argument(
-        "--longest", type=float, default=0.4, help="longest life of a writer in s (default: %(default)s)"
-    )
+    parser.add_argument("--longest", type=float, default=0.4, help="longest life of a writer in s (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="keep the database in this directory")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)

@@ -68,9 +68,7 @@ def rounds(path: Path, count: int, block: int) -> list[float]:
 
 def count_fsyncs(path: Path, count: int, verdicts: Verdicts) -> None:
     """Run the rounds below strace and print how many fsyncs of each kind there were."""
-    calls = strace(
-        __spec__.name, "--child", path, "--rounds", count, calls="fsync,fdatasync,msync,sync_file_range,syncfs"
-    )
+    calls = strace(__spec__.name, "--child", path, "--rounds", count, calls="fsync,fdatasync,msync,sync_file_range,syncfs")
     if calls is None:
         verdicts.check(False, "fsyncs: not measured")
         return

@@ -15,9 +15,7 @@ def main() -> int:
     """Measure, print, and return the exit status."""
     args = arguments()
     present = [peer for peer in args.peers if is_present(peer)]
-    print(
-        f"CPython {platform.python_version()}, {platform.machine()}, {args.repeats} rounds, microseconds per operation"
-    )
+    print(f"CPython {platform.python_version()}, {platform.machine()}, {args.repeats} rounds, microseconds per operation")
     missed = False
     for count in args.keys:
         rounds = measure(present, make_keys(count, args.gets), args.repeats, args.directory)
@@ -36,9 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gets", type=int, default=500_000, help="most keys to get (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--peers", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS), help="only these")
-    parser.add_argument(
-        "--directory", type=Path, help="where the stores are made (default: the system's temporary one)"
-    )
+    parser.add_argument("--directory", type=Path, help="where the stores are made (default: the system's temporary one)")
     return parser.parse_args()
 
 

@@ -49,11 +49,7 @@ def table(rounds: Rounds) -> Iterator[str]:
 
 def our_ratios(rounds: Rounds, workload: str, peer: str) -> list[float]:
     """Return our time over the peer's, round by round; empty if one of the two did not run."""
-    return [
-        measured[OURS][workload] / measured[peer][workload]
-        for measured in rounds
-        if OURS in measured and peer in measured
-    ]
+    return [measured[OURS][workload] / measured[peer][workload] for measured in rounds if OURS in measured and peer in measured]
 
 
 def verdicts(rounds: Rounds, count: int) -> Iterator[tuple[bool, str]]:

@@ -160,9 +160,7 @@ def _apply(number: int, key: Hint, live: dict[bytes, tuple[int, int]], tallies: 
         tallies[number].live += key.size
 
 
-def _check_keydir(
-    log: Log, keydir: Keydir, live: dict[bytes, tuple[int, int]], tallies: dict[int, _Tally]
-) -> Iterator[Problem]:
+def _check_keydir(log: Log, keydir: Keydir, live: dict[bytes, tuple[int, int]], tallies: dict[int, _Tally]) -> Iterator[Problem]:
     path = log.directory.where(names.KEYDIR)
     words = keydir.words
     if words[words[at.CURRENT] + at.TAIL] & MASK32 != log.active.size() or words[at.STATE] == at.CHANGING:
@@ -194,7 +192,9 @@ def _check_slots(log: Log, keydir: Keydir, path: str, live: dict[bytes, tuple[in
             yield Problem(path, offset, "a page holds slots that belong to another")
         seen.update(slots)
     for _, location in sorted(seen - expected)[:10]:
-        yield Problem(path, None, f"a slot points at {location >> 32:08d}.data offset {location & MASK32}, which is not the newest record of a key")
+        yield Problem(
+            path, None, f"a slot points at {location >> 32:08d}.data offset {location & MASK32}, which is not the newest record of a key"
+        )
     for _, location in sorted(expected - seen)[:10]:
         yield Problem(path, None, f"no slot points at {location >> 32:08d}.data offset {location & MASK32}, the newest record of its key")
 

@@ -134,9 +134,7 @@ class Directory(Descriptor):
     """The directory of a database: names are looked up in it by descriptor, and its descriptor is what writers lock."""
 
     def __init__(self, path: str, *, at: int | None = None) -> None:
-        super().__init__(
-            os.open("." if at is not None else path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at), path
-        )
+        super().__init__(os.open("." if at is not None else path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at), path)
         self.lock: Callable[[], None] = partial(fcntl.flock, self.fd, fcntl.LOCK_EX)
         self.unlock: Callable[[], None] = partial(fcntl.flock, self.fd, fcntl.LOCK_UN)
 

@@ -58,6 +58,8 @@ ROW_WORDS = 8
 ROW_ID, ROW_DEAD, ROW_TOMBSTONES, ROW_EXPIRING, ROW_EXPIRED_AT = range(5)  # bytes, but for the id and the time
 
 MASK32 = 0xFFFFFFFF
+BASE = (1 << 41) - PAGE_WORDS  # of an entry of the directory: the word at which its page begins
+VERSION = 1 << 41
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
 Words = memoryview  # of unsigned 64-bit integers

@@ -36,13 +36,13 @@ _U64 = struct.Struct("<Q")
 
 
 class Hint(NamedTuple):
-    """One record of a segment, without its value. `size` is the bytes that the record takes; `expiry` is in milliseconds, or None."""
+    """One record of a segment, without its value. `size` is the bytes that the record takes; `expiry` is in milliseconds, 0 if there is none."""
 
     offset: int
     size: int
     flags: int
     key: bytes
-    expiry: int | None = None
+    expiry: int = 0
 
 
 class HintWriter:
@@ -60,10 +60,8 @@ class HintWriter:
         """The bytes of some more keys."""
         parts = []
         for offset, size, flags, key, expiry in keys:
-            if expiry is None:
-                parts.append(_KEY.pack(offset, size, len(key), flags & ~EXPIRES) + key)
-            else:
-                parts.append(_KEY.pack(offset, size, len(key), flags | EXPIRES) + _U64.pack(expiry) + key)
+            extension = _U64.pack(expiry) if flags & EXPIRES else b""
+            parts.append(_KEY.pack(offset, size, len(key), flags) + extension + key)
         self._count += len(parts)
         data = b"".join(parts)
         self._hash.update(data)
@@ -98,7 +96,7 @@ def decode(buffer: Buffer) -> Iterator[Hint]:
     while at < end:
         offset, size, key_size, flags = unpack(view, at)
         at += size_of_key
-        expiry = None
+        expiry = 0
         if flags & EXPIRES:
             (expiry,) = _U64.unpack_from(view, at)
             at += _U64.size

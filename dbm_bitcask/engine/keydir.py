@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import header as at
 from .errors import error
-from .header import MASK32, MASK64, PAGE_SIZE, PAGE_WORDS, ROW_WORDS, Words
+from .header import BASE, MASK32, MASK64, PAGE_SIZE, PAGE_WORDS, ROW_WORDS, VERSION, Words
 from .page import (
     DELETED,
     FULL,
@@ -32,16 +32,18 @@ from .page import (
     Probe,
     Table,
     chunk_checksum,
-    fill_page,
+    divide,
+    empty_page,
     page_checksum,
     page_counts,
     page_depth,
     page_slots,
     probe,
+    write_page,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Collection, Iterator
 
     from .files import File
 
@@ -61,7 +63,7 @@ class Keydir:
     def __init__(self, file: File, *, write: bool) -> None:
         self.file = file
         self.write = write
-        self.listed: Container[int] = ()  # the segments that exist: a slot into another one is an empty slot
+        self.listed: Collection[int] = ()  # the segments that exist: a slot into another one is an empty slot
         self.touched: set[int] = set()  # pages that this handle unsealed
         self.touched_chunks: set[int] = set()
         self._map(file.identity().size)
@@ -82,8 +84,8 @@ class Keydir:
         words[at.TABLE] = table | (directory - table) << 32
         words[at.PAGES], words[at.CAPACITY] = pages, identity.size // PAGE_SIZE
         entries = directory * PAGE_WORDS
-        words[entries : entries + PAGE_WORDS] = array("Q", [first]) * PAGE_WORDS
-        fill_page(words, first, 0, ())
+        words[entries : entries + PAGE_WORDS] = array("Q", [first * PAGE_WORDS]) * PAGE_WORDS
+        write_page(words, first, 0, empty_page())
         words[at.UNSEALED] = 1
         words[at.STATE], words[at.ROOT], words[at.MAGIC] = at.DIRTY, directory | _FIRST_DEPTH << 32, at.MAGIC_WORD
         self = cls(file, write=True)
@@ -165,7 +167,7 @@ class Keydir:
         directory, shift = self.table.directory, self.table.shift
         last = 0
         for index in range(1 << 64 - shift):
-            page = directory[index] & MASK32
+            page = (directory[index] & BASE) // PAGE_WORDS
             if page != last:
                 last = page
                 yield page
@@ -180,55 +182,57 @@ class Keydir:
         3. Note what is to be done, and enter CHANGING: from here on whoever comes next finishes.
         4. Swing the entries, free the old page, leave CHANGING.
         """
-        listed = self.listed
-        slots = [slot for slot in page_slots(self.words, page) if slot[1] >> 32 in listed]
+        slots = page_slots(self.words, page, min(self.listed, default=0) << 32 or 1)
         depth = page_depth(self.words, page)
         if len(slots) <= FULL // 2:
-            kids = [slots]
+            images = divide(slots, 0)[:1]
         else:
-            bit = 1 << 63 - depth
-            kids = [[slot for slot in slots if not slot[0] & bit], [slot for slot in slots if slot[0] & bit]]
+            images = divide(slots, 1 << 63 - depth)
             depth += 1
             if depth > 64 - self.table.shift:
                 self._double()
-        self._reserve(len(kids))
+        self._reserve(len(images))
         words = self.words
-        fresh, high_water, free = self._allocate(len(kids))
-        words[at.UNSEALED] += len(kids)
-        for kid, kid_slots in zip(fresh, kids, strict=True):
-            fill_page(words, kid, depth, kid_slots)
+        fresh, high_water, free = self._allocate(len(images))
+        words[at.UNSEALED] += len(images)
+        for kid, image in zip(fresh, images, strict=True):
+            write_page(words, kid, depth, image)
         words[at.SPLIT_LOW], words[at.SPLIT_HIGH], words[at.SPLIT_HASH] = fresh[0], fresh[-1], hashed
         words[at.SPLIT_PAGES], words[at.SPLIT_FREE], words[at.SPLIT_OLD] = high_water, free, page
         words[at.STATE] = at.CHANGING
         if not words[page * PAGE_WORDS + PAGE_CHECKSUM]:
             words[at.UNSEALED] -= 1
         self.touched.update(fresh)
-        self.finish_split()
+        self._swing()
+        words[at.STATE] = at.DIRTY
 
     def finish_split(self) -> None:
-        """Do what the words at SPLIT say, from any point at which somebody may have died. Idempotent."""
+        """Leave CHANGING, from any point at which somebody may have died in it. Idempotent."""
         self.refresh()
+        if self.words[at.SPLIT_OLD]:
+            self._swing()
+        self.words[at.EPOCH] += 1
+        self.words[at.STATE] = at.DIRTY
+
+    def _swing(self) -> None:
+        """Step 4, as the words at SPLIT say. Idempotent."""
         words, directory, shift = self.table.words, self.table.directory, self.table.shift
         old = words[at.SPLIT_OLD]
-        if old:
-            depth = page_depth(words, old)
-            spread = 64 - shift - depth
-            first = words[at.SPLIT_HASH] >> 64 - depth << spread
-            middle = first + (1 << spread) // 2
-            for index in range(first, first + (1 << spread)):
-                entry = directory[index]
-                if entry & MASK32 == old:
-                    self._unseal_chunk(index // PAGE_WORDS)
-                    kid = words[at.SPLIT_LOW if index < middle else at.SPLIT_HIGH]
-                    directory[index] = kid | ((entry >> 32) + 1 & MASK32) << 32
-            words[at.PAGES] = words[at.SPLIT_PAGES]
-            words[old * PAGE_WORDS + PAGE_CHECKSUM] = words[at.SPLIT_FREE]
-            words[old * PAGE_WORDS + PAGE_MAGIC] = UNUSED
-            words[at.FREE] = old
-            words[at.SPLIT_OLD] = 0
-        else:
-            words[at.EPOCH] += 1  # somebody died while changing the shape of the file
-        words[at.STATE] = at.DIRTY
+        depth = page_depth(words, old)
+        spread = 64 - shift - depth
+        first = words[at.SPLIT_HASH] >> 64 - depth << spread
+        middle = first + (1 << spread) // 2
+        for index in range(first, first + (1 << spread)):
+            entry = directory[index]
+            if entry & BASE == old * PAGE_WORDS:
+                self._unseal_chunk(index // PAGE_WORDS)
+                kid = words[at.SPLIT_LOW if index < middle else at.SPLIT_HIGH]
+                directory[index] = (entry + VERSION & MASK64 & -VERSION) | kid * PAGE_WORDS
+        words[at.PAGES] = words[at.SPLIT_PAGES]
+        words[old * PAGE_WORDS + PAGE_CHECKSUM] = words[at.SPLIT_FREE]
+        words[old * PAGE_WORDS + PAGE_MAGIC] = UNUSED
+        words[at.FREE] = old
+        words[at.SPLIT_OLD] = 0
 
     def _allocate(self, count: int) -> tuple[list[int], int, int]:
         """Pages to use, and what PAGES and FREE will be; nothing is taken yet."""

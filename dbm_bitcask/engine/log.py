@@ -14,7 +14,6 @@ from .errors import CorruptionError, NotFoundError, error
 from .header import MASK32
 from .lock import lock_of
 from .page import Damaged, key_hash, probe
-from .record import HEADER, record_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +61,7 @@ class Log:
         self.segments: dict[int, tuple[Buffer, int]] = {}  # what is mapped, with its salt
         self.rows: dict[int, int] = {}
         self.epoch = 0
+        self.salt = 0  # of the active segment
         self.sealed_here: list[int] = []  # segments that this handle sealed: it writes their hints when it closes
         self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
         self.recover: Callable[[], None] = self._cannot_recover
@@ -80,6 +80,7 @@ class Log:
         growing = before.active.id if before.segments else 0
         kept = {number: held for number, held in self.segments.items() if number in entries and number != growing}
         self.active, self.entries, self.segments, self.manifest = active, entries, kept, fresh
+        self.salt = fresh.active.salt
 
     def refresh(self) -> None:
         """Catch up with what other handles changed: the manifest, the size or the directory of the keydir, the keydir itself."""
@@ -161,11 +162,9 @@ class Log:
 
     def _read_active(self, offset: int) -> bytes:
         data = self.active.read(_READ_AHEAD, offset)
-        if len(data) >= HEADER.size:
-            _, key_size, value_size, _, flags = HEADER.unpack_from(data)
-            length = record_length(flags, key_size, value_size)
-            if len(data) < length <= self.active.size() - offset:
-                data += self.active.read(length - len(data), offset + len(data))
+        head = record.decode_head(data, 0)
+        if head is not None and len(data) < head.length <= self.active.size() - offset:
+            data += self.active.read(head.length - len(data), offset + len(data))
         return data
 
     def read(self, location: int) -> record.Record:
@@ -182,12 +181,11 @@ class Log:
     def peek(self, location: int) -> Peek:
         """Head and key of the record at a location, not verified."""
         data, offset, _ = self.bytes_at(location)
-        view = memoryview(data)
-        if len(view) - offset < HEADER.size:
-            raise self.corrupt(location, "the segment ends within a record; run `check`, then `repair`")
-        _, key_size, value_size, _, flags = HEADER.unpack_from(view, offset)
-        start = offset + HEADER.size + (8 if flags & record.EXPIRES else 0)
-        return Peek(flags, bytes(view[start : start + key_size]), record_length(flags, key_size, value_size))
+        head = record.decode_head(data, offset)
+        if head is None:
+            raise self.corrupt(location, "no record begins here; run `check`, then `repair`")
+        key = memoryview(data)[offset + head.key_start : offset + head.key_end]
+        return Peek(head.flags, bytes(key), head.length)
 
     def corrupt(self, location: int, reason: str) -> CorruptionError:
         name = names.segment_name(location >> 32)

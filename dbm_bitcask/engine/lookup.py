@@ -1,7 +1,7 @@
 """Lookup: the hot path of a read.
 
 `reader` makes the function that answers `get` for one epoch of a handle: what it needs is bound once, not fetched at each call, and the
-function is replaced as a whole when the epoch moves. It decides the two ordinary cases, a verified hit and a valid miss. Everything
+function is replaced as a whole when the epoch moves; the masks are those of `header` and `page`, as constants. It decides the two ordinary cases, a verified hit and a valid miss. Everything
 else (another epoch, a segment not mapped yet, a record that does not verify) it leaves to `slow`, which may do the whole search again.
 
 The length of the function is the price of one call a get instead of five; `python -m compat.peers` shows what that is worth.
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
-from .header import EPOCH
-from .record import HEADER
+from .header import BASE, EPOCH
+from .page import SLOT_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = ["reader"]
 
+_HEAD = struct.Struct("<QIIB")  # the beginning of a record's header, as far as a read needs it
+
 
 def reader(
     table: Table, epoch: int, segments: Mapping[int, tuple[Buffer, int]], slow: Callable[[bytes], bytes | None]
 ) -> Callable[[bytes], bytes | None]:
     """A function key -> value, or None if the key is not there. `segments` maps ids to (bytes, salt)."""
     words, directory, shift, seed, checked = table
-    xxh3, unpack = xxh3_64_intdigest, HEADER.unpack_from
+    assert (BASE, SLOT_MASK) == (0x1FFFFFFFE00, 0x1FE)
+    xxh3, unpack = xxh3_64_intdigest, _HEAD.unpack_from
 
     def get(key: bytes) -> bytes | None:
         hashed = xxh3(key, seed)
@@ -40,23 +43,24 @@ def reader(
         entry = directory[index]
         if words[EPOCH] != epoch or not checked[index]:
             return slow(key)
-        base = (entry & 0xFFFFFFFF) << 9
-        place = start = hashed & 0x1FE
+        base = entry & 0x1FFFFFFFE00
+        place = base | hashed & 0x1FE
         try:
-            while word := words[base + place]:
+            while word := words[place]:
                 if word == hashed:
-                    location = words[base + place + 1]
+                    location = words[place + 1]
                     data, salt = segments[location >> 32]
                     offset = location & 0xFFFFFFFF
-                    checksum, key_size, value_size, _, flags = unpack(data, offset)
-                    middle = 16 + key_size
-                    end = middle + value_size
-                    body = data[offset + 8 : offset + (end + 15 & -8)]
-                    if xxh3(body, salt ^ offset) != checksum or body[16:middle] != key or flags & 0xFF7F:
+                    near = data[offset : offset + 192]  # one trip to memory for most records, instead of two
+                    checksum, size, key_end, padding = unpack(near)
+                    if size > 184:
+                        near = data[offset : offset + 8 + size]
+                    body = near[8 : 8 + size]
+                    if xxh3(body, salt ^ offset) != checksum or body[16:key_end] != key:
                         return slow(key)
-                    return body[middle:end]
-                place = (place + 2) & 0x1FE
-                if place == start:
+                    return body[key_end + padding :]
+                place = base | place + 2 & 0x1FE
+                if place == base | hashed & 0x1FE:
                     return slow(key)
         except (KeyError, IndexError, struct.error):
             return slow(key)

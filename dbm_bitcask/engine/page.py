@@ -2,7 +2,7 @@
 
     page      := magic:u64 counts:u64 depth:u64 checksum:u64 slot{254}    counts = used | deleted << 16
     slot      := hash:u64 location:u64                                    location = segment << 32 | offset
-    directory := entry:u64{2^depth} checksum:u64{2^depth / 512}           entry = page | version << 32
+    directory := entry:u64{2^depth} checksum:u64{2^depth / 512}           entry = page << 9 | version << 41
 
 The top bits of a key's hash choose the entry, the low bits the first slot to look at; from there the page is probed linearly, around its
 end. A slot with hash 0 is empty and ends the search; one with location 0 is deleted. The four words of a page's head stand where two
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from .header import MASK32, PAGE_WORDS, Words
+from .header import BASE, MASK32, PAGE_WORDS, Words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,7 +72,7 @@ def probe(table: Table, hashed: int) -> Probe:
         entry = directory[index]
         if not checked[index]:
             check_entry(table, index)
-        result = _probe_page(words, entry & MASK32, hashed)
+        result = _probe_page(words, (entry & BASE) // PAGE_WORDS, hashed)
         if directory[index] == entry:
             return result
 
@@ -102,7 +102,7 @@ def check_entry(table: Table, index: int) -> None:
     chunk_seal = (1 << 64 - shift) + chunk
     while True:
         entry, chunk_sum = directory[index], directory[chunk_seal]
-        page = entry & MASK32
+        page = (entry & BASE) // PAGE_WORDS
         page_seal = page * PAGE_WORDS + PAGE_CHECKSUM
         if not page or page_seal >= len(words):
             raise Damaged(f"directory entry {index} names page {page}, which is not there")
@@ -130,20 +130,31 @@ def chunk_checksum(directory: Words, chunk: int) -> int:
     return xxh3_64_intdigest(directory[chunk * PAGE_WORDS : (chunk + 1) * PAGE_WORDS], chunk) or 1
 
 
-def fill_page(words: Words, page: int, depth: int, slots: Iterable[tuple[int, int]]) -> None:
-    """Write a fresh page that nobody is directed to yet."""
+def empty_page() -> list[int]:
+    """The words of a page without slots, as `write_page` takes them. The depth is still to come."""
     image = [0] * PAGE_WORDS
-    image[PAGE_MAGIC], image[PAGE_DEPTH] = IN_USE, depth | _DEPTH_FLAG
-    used = 0
+    image[PAGE_MAGIC] = image[PAGE_DEPTH] = IN_USE
+    return image
+
+
+def write_page(words: Words, page: int, depth: int, image: list[int]) -> None:
+    """Write a fresh page that nobody is directed to yet."""
+    image[PAGE_DEPTH] = depth | _DEPTH_FLAG
+    words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS] = array("Q", image)
+
+
+def divide(slots: Iterable[tuple[int, int]], bit: int) -> tuple[list[int], list[int]]:
+    """The slots placed in two pages, by one bit of the hash (with bit 0: all in the first)."""
+    low, high = empty_page(), empty_page()
     for hashed, location in slots:
+        image = high if hashed & bit else low
         place = hashed & SLOT_MASK
         while image[place]:
-            place = (place + 2) & SLOT_MASK
+            place = place + 2 & SLOT_MASK
         image[place] = hashed
         image[place + 1] = location
-        used += 1
-    image[PAGE_COUNTS] = used
-    words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS] = array("Q", image)
+        image[PAGE_COUNTS] += 1
+    return low, high
 
 
 def page_depth(words: Words, page: int) -> int:
@@ -151,11 +162,11 @@ def page_depth(words: Words, page: int) -> int:
     return words[page * PAGE_WORDS + PAGE_DEPTH] & MASK32
 
 
-def page_slots(words: Words, page: int) -> list[tuple[int, int]]:
-    """The slots of a page that are neither empty nor deleted, as (hash, location)."""
+def page_slots(words: Words, page: int, floor: int = 1) -> list[tuple[int, int]]:
+    """The slots of a page with a location of at least `floor`, as (hash, location): neither empty nor deleted, nor from before a `clear`."""
     base = page * PAGE_WORDS
     numbers = words[base + FIRST_SLOT : base + PAGE_WORDS].tolist()
-    return [slot for slot in zip(numbers[::2], numbers[1::2], strict=True) if slot[0] and slot[1]]
+    return [slot for slot in zip(numbers[::2], numbers[1::2], strict=True) if slot[1] >= floor and slot[0]]
 
 
 def page_counts(words: Words, page: int) -> int:

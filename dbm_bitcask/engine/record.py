@@ -1,24 +1,26 @@
 """Record: one framed write, as bytes. No I/O here.
 
-    record   := checksum:u64 key_size:u32 value_size:u32 time:u32 flags:u16 zero:u16 [expiry:u64] key value padding
+    record := checksum:u64 size:u32 key_end:u32 padding:u8 zero:u8 flags:u16 time:u32 [expiry:u64] key zero{padding} value
 
-All integers are little-endian. `checksum` is XXH3-64 over everything behind it, padding included, seeded with the salt of the segment
-exclusive-or the offset of the record in it: zeros, stale blocks, records of another segment, and records that stand inside values never
-verify. `time` is when the record was written, in seconds since 1970; it is information, and never orders anything. `expiry`, in
-milliseconds since 1970, is there if flagged. `padding` is zeros up to the next multiple of 8, so that a search for the next record
-behind damage tries an eighth of the offsets.
+All integers are little-endian. `checksum` is XXH3-64 over everything behind it, seeded with the salt of the segment exclusive-or the
+offset of the record in it: zeros, stale blocks, records of another segment, and records that stand inside values never verify. `size` and
+`key_end` are counted from behind the checksum, to the end of the record and of the key: a reader needs no arithmetic to find either.
+`padding` makes the length of the record a multiple of 8, so that a search for the next record behind damage tries an eighth of the
+offsets. `time` is when the record was written, in seconds since 1970; it is information, and never orders anything. `expiry`, in
+milliseconds since 1970 (0: never), is there if EXPIRES, ZLIB or ZSTD is flagged.
 
-    flags    := TOMBSTONE   the key is deleted; no value
-              | EXPIRES     `expiry` is there
-              | ZLIB, ZSTD  the value is compressed so
-              | BATCH       the value is a run of whole records, to be taken together; no key
-              | SEAL        the segment ends here; no key, no value
-              | MARK        nothing but a place for SYNCED; no key, no value
-              | SYNCED      everything before this record in its segment had been synced when it was written
+    flags := TOMBSTONE   the key is deleted; no value
+           | EXPIRES     the record counts as deleted from `expiry` on
+           | ZLIB, ZSTD  the value is compressed so
+           | BATCH       the value is a run of whole records, to be taken together; no key
+           | SEAL        the segment ends here; no key, no value
+           | MARK        nothing but a place for SYNCED; no key, no value
+           | SYNCED      everything before this record in its segment had been synced when it was written
 
 DO NOT renumber the flags: they are on disk. Worked example, salt 0, offset 0, time 0, key b"k", value b"v":
 
-    2b bb 29 4d 68 6b 4c 94   01 00 00 00   01 00 00 00   00 00 00 00   00 00   00 00   6b   76   00 00 00 00 00 00
+    0e 4f f9 db 22 ab fb e2 18 00 00 00 11 00 00 00 06 00 00 00 00 00 00 00
+    6b 00 00 00 00 00 00 76
 
 Downsides: 24 bytes of header and up to 7 of padding weigh on tiny values; a batch is limited by the size of one value.
 """
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "BATCH", "EXPIRES", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE", "ZLIB", "ZSTD",
-    "BadRecord", "Record", "decode", "encode", "record_length",
+    "ALIGNMENT", "BATCH", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE", "ZLIB", "ZSTD",
+    "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "record_length",
 ]  # fmt: skip
 
-HEADER = struct.Struct("<QIIIHxx")
-_TAIL = struct.Struct("<IIIHxx")  # the header without its checksum
+HEADER = struct.Struct("<QIIBxHI")
+_BODY = struct.Struct("<IIBxHI")  # the header without its checksum
 _U64 = struct.Struct("<Q")
 CHECKSUM_SIZE = _U64.size
 ALIGNMENT = 8
@@ -54,23 +56,34 @@ SEAL = 0x20
 MARK = 0x40
 SYNCED = 0x80
 
-_KNOWN = TOMBSTONE | EXPIRES | ZLIB | ZSTD | BATCH | SEAL | MARK | SYNCED
-_PADDING = tuple(bytes(-size % ALIGNMENT) for size in range(ALIGNMENT))
+EXTENDED = EXPIRES | ZLIB | ZSTD  # with these, `expiry` stands before the key
+
+_KNOWN = TOMBSTONE | EXTENDED | BATCH | SEAL | MARK | SYNCED
+_ZEROS = tuple(bytes(size) for size in range(ALIGNMENT))
 
 
 class BadRecord(Exception):
-    """The bytes are no record: whether torn or damaged is for `recovery` to say."""
+    """The bytes are no record: whether torn or damaged is for `contents` to say."""
 
 
 class Record(NamedTuple):
-    """A decoded record. `end` is the offset behind its padding."""
+    """A decoded record. `expiry` is in milliseconds, 0 if there is none; `end` is the offset behind it."""
 
     flags: int
     key: bytes
     value: bytes
     time: int
-    expiry: int | None
+    expiry: int
     end: int
+
+
+class Head(NamedTuple):
+    """What the header of a record says, not verified: flags, length of the record, and where its key stands in it."""
+
+    flags: int
+    length: int
+    key_start: int
+    key_end: int
 
 
 def record_length(flags: int, key_size: int, value_size: int) -> int:
@@ -79,18 +92,31 @@ def record_length(flags: int, key_size: int, value_size: int) -> int:
     >>> record_length(0, 16, 100)
     144
     """
-    return (HEADER.size + (_U64.size if flags & EXPIRES else 0) + key_size + value_size + 7) & ~7
+    return HEADER.size + (_U64.size if flags & EXTENDED else 0) + key_size + value_size + 7 & ~7
 
 
-def encode(flags: int, key: bytes, value: bytes, seed: int, time: int, expiry: int | None = None) -> bytes:
+def encode(flags: int, key: bytes, value: bytes, seed: int, time: int, expiry: int = 0) -> bytes:
     """The bytes of a record for the place that `seed` (salt ^ offset) names; `time` in seconds, `expiry` in milliseconds."""
-    size = len(key) + len(value)
-    if expiry is None:
-        body = _TAIL.pack(len(key), len(value), time, flags) + key + value + _PADDING[size & 7]
-    else:
-        head = _TAIL.pack(len(key), len(value), time, flags | EXPIRES) + _U64.pack(expiry)
-        body = head + key + value + _PADDING[size & 7]
+    key_end = _BODY.size + len(key)
+    if flags & EXTENDED:
+        key_end += _U64.size
+        key = _U64.pack(expiry) + key
+    size = key_end + len(value)
+    padding = -size & 7
+    body = _BODY.pack(size + padding, key_end, padding, flags, time) + key + _ZEROS[padding] + value
     return _U64.pack(xxh3_64_intdigest(body, seed)) + body
+
+
+def decode_head(buffer: Buffer, offset: int) -> Head | None:
+    """The header at `offset` of `buffer`, or None if the buffer ends within it, or if no record begins so."""
+    view = memoryview(buffer)
+    if len(view) - offset < HEADER.size:
+        return None
+    _, size, key_end, padding, flags, _ = HEADER.unpack_from(view, offset)
+    key_start = _BODY.size + (_U64.size if flags & EXTENDED else 0)
+    if not key_start <= key_end <= key_end + padding <= size or size & 7:
+        return None
+    return Head(flags, CHECKSUM_SIZE + size, CHECKSUM_SIZE + key_start, CHECKSUM_SIZE + key_end)
 
 
 def decode(buffer: Buffer, offset: int, seed: int) -> Record | None:
@@ -98,18 +124,14 @@ def decode(buffer: Buffer, offset: int, seed: int) -> Record | None:
     view = memoryview(buffer)[offset:]
     if len(view) < HEADER.size:
         return None
-    checksum, key_size, value_size, time, flags = HEADER.unpack_from(view)
-    length = record_length(flags, key_size, value_size)
-    if length > len(view):
-        return None
-    if xxh3_64_intdigest(view[CHECKSUM_SIZE:length], seed) != checksum or flags & ~_KNOWN:
+    head = decode_head(view, 0)
+    if head is None:
         raise BadRecord
-    start = HEADER.size
-    expiry = None
-    if flags & EXPIRES:
-        (expiry,) = _U64.unpack_from(view, start)
-        start += _U64.size
-    middle = start + key_size
-    return Record(
-        flags, bytes(view[start:middle]), bytes(view[middle : middle + value_size]), time, expiry, offset + length
-    )
+    if head.length > len(view):
+        return None
+    checksum, _, _, padding, flags, time = HEADER.unpack_from(view)
+    if xxh3_64_intdigest(view[CHECKSUM_SIZE : head.length], seed) != checksum or flags & ~_KNOWN:
+        raise BadRecord
+    expiry = _U64.unpack_from(view, HEADER.size)[0] if flags & EXTENDED else 0
+    key, value = view[head.key_start : head.key_end], view[head.key_end + padding : head.length]
+    return Record(flags, bytes(key), bytes(value), time, expiry, offset + head.length)

@@ -118,18 +118,14 @@ def _repair(log: Log) -> None:
 
 
 def _record_at(log: Log, offset: int, size: int) -> record.Record | None:
-    head = log.active.read(record.HEADER.size, offset)
-    if len(head) < record.HEADER.size:
-        return None
-    _, key_size, value_size, _, flags = record.HEADER.unpack(head)
-    length = record.record_length(flags, key_size, value_size)
-    if length > size - offset:
+    head = record.decode_head(log.active.read(record.HEADER.size, offset), 0)
+    if head is None or head.length > size - offset:
         return None
     try:
-        found = record.decode(log.active.read(length, offset), 0, log.manifest.active.salt ^ offset)
+        found = record.decode(log.active.read(head.length, offset), 0, log.manifest.active.salt ^ offset)
     except record.BadRecord:
         return None
-    return None if found is None else found._replace(end=offset + length)
+    return None if found is None else found._replace(end=offset + head.length)
 
 
 def _publish(log: Log, tail: int, found: record.Record) -> None:
@@ -251,9 +247,7 @@ def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:
     fresh = Entry(log.manifest.next_id, secrets.randbits(64), 0)
     segment.create(log.directory, fresh, log.mode)
     cut = log.manifest.active._replace(length=end)
-    listed = log.manifest._replace(
-        number=log.manifest.number + 1, next_id=fresh.id + 1, segments=(*log.manifest.segments[:-1], cut, fresh)
-    )
+    listed = log.manifest._replace(number=log.manifest.number + 1, next_id=fresh.id + 1, segments=(*log.manifest.segments[:-1], cut, fresh))
     log.adopt(rotation.publish_manifest(log.directory, listed, log.mode))
     keydir.listed = log.entries
     row = keydir.rows()[cut.id]

@@ -59,9 +59,7 @@ def open_segment(directory: Directory, entry: Entry, *, write: bool = False) -> 
         raise CorruptionError(file.name, 0, "this is not the segment that the manifest lists; run `repair`")
     size = file.identity().size
     if size < entry.length:
-        raise CorruptionError(
-            file.name, size, f"the segment ends here, and {entry.length} bytes of it were written; run `repair`"
-        )
+        raise CorruptionError(file.name, size, f"the segment ends here, and {entry.length} bytes of it were written; run `repair`")
     return file
 
 

@@ -171,16 +171,21 @@ class Store:
             try:
                 lock.busy = True
                 lock.acquire()
-                recovery.ready(self.log)
-                self._wrote = True
-                return action(self.log, *args)
-            except Damaged:
-                recovery.rebuild(self.log)
-                recovery.ready(self.log)
-                return action(self.log, *args)
+                return self._run(action, *args)
             finally:
                 lock.busy = False
                 lock.release()
+
+    def _run(self, action: Callable[..., Result], *args: object) -> Result:
+        """Under the lock: make the database ready, and run the action; once more if it meets a damaged keydir."""
+        try:
+            recovery.ready(self.log)
+            self._wrote = True
+            return action(self.log, *args)
+        except Damaged:
+            recovery.rebuild(self.log)
+            recovery.ready(self.log)
+            return action(self.log, *args)
 
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on whatever is there."""
@@ -244,7 +249,19 @@ class Store:
 
     def set(self, key: bytes, value: bytes) -> None:
         """Set a key. O(1)."""
-        self.locked(write.put, key, value)
+        lock = self.lock
+        with lock.mutex:
+            if lock.busy:
+                lock.refuse_reentry()
+            try:
+                lock.busy = True
+                lock.acquire()
+                if not write.put_new(self.log, key, value):
+                    self._run(write.put, key, value)
+                self._wrote = True
+            finally:
+                lock.busy = False
+                lock.release()
         if self.always:
             self.sync()
 
@@ -416,14 +433,18 @@ def _refuse_lost_manifest(directory: Directory, present: list[str]) -> None:
         if names.parse_segment(name):
             status = directory.identity_of(name)
             if status is not None and status.size > segment.FIRST_RECORD:
-                raise CorruptionError(directory.where(names.MANIFEST), None, "it is missing, and there are segments with records; run `repair`")
+                raise CorruptionError(
+                    directory.where(names.MANIFEST), None, "it is missing, and there are segments with records; run `repair`"
+                )
 
 
 def _refuse_other_lineage(log: Log, present: list[str]) -> None:
     for name in present:
         number = names.parse_segment(name)
         if number is not None and number > log.manifest.next_id:
-            reason = f"segment {name} is newer than this manifest, which seems to be restored from elsewhere; nothing was changed; run `repair`"
+            reason = (
+                f"segment {name} is newer than this manifest, which seems to be restored from elsewhere; nothing was changed; run `repair`"
+            )
             raise CorruptionError(log.directory.where(names.MANIFEST), None, reason)
 
 

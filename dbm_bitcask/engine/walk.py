@@ -20,10 +20,10 @@ from xxhash import xxh3_64_intdigest
 
 from . import contents, record, segment
 from . import header as at
-from .header import MASK32
+from .header import BASE, MASK32
 from .log import Gone
 from .page import Damaged, key_hash, probe
-from .record import BATCH, EXPIRES, HEADER, TOMBSTONE
+from .record import BATCH, EXTENDED, HEADER, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +101,7 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
         location = base | offset
         hashed = xxh3(key, seed)
         index = hashed >> shift
-        page = (directory[index] & MASK32) << 9
+        page = directory[index] & BASE
         place = hashed & 0x1FE
         if checked[index]:
             while (word := words[page + place]) and word != hashed:
@@ -174,19 +174,18 @@ class Held:
         data = memoryview(self.buffer)
         offset, last = first, self.end - size
         while offset <= last:
-            _, key_size, value_size, _, flags = unpack(data, offset)
+            _, length, key_end, padding, flags, _ = unpack(data, offset)
             start = offset + size
-            if flags & (EXPIRES | BATCH):
+            if flags & (EXTENDED | BATCH):
                 if flags & BATCH:
-                    offset = start  # the records of the batch follow
+                    offset = start + padding  # the records of the batch follow
                     continue
                 start += 8
-            middle = start + key_size
-            after = middle + value_size + 7 & ~7
-            if after > self.end:
+            after = offset + 8 + length
+            if after > self.end or after < start:
                 break
             seen = len(self.damage)
-            yield offset, flags, bytes(data[start:middle])
+            yield offset, flags, bytes(data[start : offset + 8 + key_end])
             offset = after if len(self.damage) == seen else self._resume(offset)
         if offset < self.end:
             self.damage.append(offset)

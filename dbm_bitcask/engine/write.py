@@ -16,13 +16,15 @@ import struct
 from time import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from xxhash import xxh3_64_intdigest
+
 from . import header as at
 from . import record, rotation
 from .errors import CorruptionError
-from .header import MASK32
+from .header import BASE, MASK32
 from .log import Gone
-from .page import key_hash, probe
-from .record import TOMBSTONE
+from .page import FULL, PAGE_CHECKSUM, PAGE_COUNTS, SLOT_MASK, key_hash, probe
+from .record import SYNCED, TOMBSTONE
 from .segment import FIRST_RECORD
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ __all__ = ["Place", "append", "delete", "locate", "publish", "put"]
 
 _COUNTERS = struct.Struct("<6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
+_BODY = struct.Struct("<IIBxHI")
+_ZEROS = tuple(bytes(size) for size in range(8))
 _OTHER = at.COUNTERS_A ^ at.COUNTERS_B
 
 
@@ -73,6 +77,58 @@ def _length_if_same(log: Log, location: int, key: bytes) -> int | None:
     return None
 
 
+def put_new(log: Log, key: bytes, value: bytes) -> bool:
+    """Set a key if all is as it mostly is: the key is new, its page and the segment have room, and the database is ready. Else False.
+
+    All steps in one function: it takes a third less time than `recovery.ready` and `put` do (`python -m compat.peers`). Needs the lock,
+    and nothing else.
+    """
+    words, directory, shift, seed, checked = log.keydir.table
+    hashed = xxh3_64_intdigest(key, seed)
+    index = hashed >> shift
+    base = directory[index] & BASE
+    slot = base | hashed & SLOT_MASK
+    while word := words[slot]:
+        if word == hashed:
+            return False
+        slot = base | slot + 2 & SLOT_MASK
+    counts = words[base + PAGE_COUNTS]
+    current = words[at.CURRENT]
+    tail = words[current]
+    offset = tail & MASK32
+    key_end = 16 + len(key)
+    size = key_end + len(value)
+    padding = -size & 7
+    size += padding
+    end = offset + 8 + size
+    active = log.active
+    if (
+        words[at.EPOCH] != log.epoch
+        or words[at.STATE] != at.DIRTY
+        or active.size() != offset
+        or end > log.segment_size
+        or counts & 0xFFFF >= FULL
+        or words[base + PAGE_CHECKSUM]
+        or not checked[index]
+        or not hashed
+    ):
+        return False
+    flags = SYNCED if words[at.SYNCED_TO] == tail else 0
+    body = _BODY.pack(size, key_end, padding, flags, int(time())) + key + _ZEROS[padding] + value
+    checksum = xxh3_64_intdigest(body, log.salt ^ offset)
+    done = active.pwrite(_U64.pack(checksum) + body, offset)
+    if done != size + 8:
+        active.write((_U64.pack(checksum) + body)[done:], offset + done)
+    other = current ^ _OTHER
+    _COUNTERS.pack_into(words, other * 8, tail + 8 + size, words[current + at.COUNT] + 1, words[current + at.TOMBSTONES], checksum, 0, 0)
+    words[other + at.START] = tail
+    words[base + PAGE_COUNTS] = counts + 1
+    words[slot] = hashed
+    words[slot + 1] = tail
+    words[at.CURRENT] = other
+    return True
+
+
 def put(log: Log, key: bytes, value: bytes) -> None:
     """Set a key."""
     place = locate(log, key, room=True)
@@ -100,9 +156,9 @@ def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None =
         words = log.keydir.words
         tail = words[words[at.CURRENT] + at.TAIL]
     if words[at.SYNCED_TO] == tail:
-        flags |= record.SYNCED
+        flags |= SYNCED
     offset = tail & MASK32
-    data = record.encode(flags, key, value, log.manifest.active.salt ^ offset, int(time()) if written is None else written)
+    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) if written is None else written)
     done = log.active.pwrite(data, offset)
     if done != length:
         log.active.write(data[done:], offset + done)
