@@ -33,6 +33,7 @@ _ERR_CLOSED = "DBM object has already been closed"
 _ERR_READONLY = "The database is opened for reading only"
 _SIZE_LIMIT = LIMIT - FIRST_RECORD - HEADER.size - 8 - 8  # of key and value together: with an expiry and padding
 _MISSING = object()
+_BY_DEFAULT: Any = "".join(("ne", "ver"))  # equal to "never" and another object: whether `sync` was given shows in its identity
 
 
 def open(
@@ -40,7 +41,7 @@ def open(
     flag: Flag = "c",
     mode: int = 0o666,
     *,
-    sync: Sync | None = None,
+    sync: Sync = _BY_DEFAULT,
     segment_size: int = 64 * 2**20,
 ) -> Database:
     """Open the database at `file`, a directory.
@@ -72,15 +73,15 @@ def open(
     return Database(store, path, writable=letter != "r")
 
 
-def _parse(flag: str, sync: str | None) -> tuple[str, bool]:
+def _parse(flag: object, sync: object) -> tuple[str, bool]:
     if not isinstance(flag, str) or flag[:1] not in ("r", "w", "c", "n") or flag[1:] not in ("", "f", "s"):
         raise FlagError(f"Flag must be one of 'r', 'w', 'c', or 'n', not {flag!r}")
-    if sync not in (None, "never", "always"):
+    if sync not in ("never", "always"):
         raise ValueError(f"sync must be 'never' or 'always', not {sync!r}")
-    meant = {"f": "never", "s": "always"}.get(flag[1:])
-    if meant is not None and sync not in (None, meant):
+    meant = {"f": "never", "s": "always"}.get(flag[1:], sync)
+    if sync is not _BY_DEFAULT and sync != meant:
         raise ValueError(f"flag {flag!r} means sync={meant!r}, and sync={sync!r} was given")
-    return flag[0], (meant or sync) == "always"
+    return flag[0], meant == "always"
 
 
 def _as_error(failure: OSError, path: str) -> error:
@@ -99,15 +100,23 @@ def whichdb(file: Path) -> str | None:
     return "dbm_bitcask" if head == manifest.MARKER else None
 
 
-def _as_bytes(data: Bytes, what: str) -> bytes:
+def _as_bytes(data: object, what: str) -> bytes:
+    """The bytes of a str or a bytes-like object; those that are too large are refused before they are copied."""
+    if type(data) is bytes:
+        return data
     if isinstance(data, str):
-        return data.encode()
-    if isinstance(data, (bytes, bytearray, memoryview)):
-        return bytes(data)
+        data = data.encode()
     try:
-        return memoryview(data).tobytes()
+        view = memoryview(data)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{what} must be bytes or strings") from None
+    _require_size(view.nbytes)
+    return view.tobytes()
+
+
+def _require_size(size: int) -> None:
+    if size > _SIZE_LIMIT:
+        raise ValueError(f"key and value have {size} bytes; at most {_SIZE_LIMIT} fit a record")
 
 
 class Database(MutableMapping[bytes, bytes]):
@@ -136,7 +145,7 @@ class Database(MutableMapping[bytes, bytes]):
 
     def __repr__(self) -> str:
         state = "closed " if self._store.closed else ""
-        return f"<{state}dbm_bitcask database {self._path!r}>"
+        return f"<{state}dbm_bitcask.Database {self._path!r}>"
 
     def _open_store(self) -> Store:
         if self._store.closed:
@@ -190,9 +199,9 @@ class Database(MutableMapping[bytes, bytes]):
         if type(key) is not bytes:
             key = _as_bytes(key, "keys")
         if type(value) is not bytes:
-            value = self._value(value)
+            value = _as_bytes(value, "values")
         if len(key) + len(value) > _SIZE_LIMIT:
-            raise ValueError(f"key and value have {len(key) + len(value)} bytes; at most {_SIZE_LIMIT} fit a record")
+            _require_size(len(key) + len(value))
         try:
             self._store.set(key, value)
         except OSError as failure:
@@ -208,7 +217,9 @@ class Database(MutableMapping[bytes, bytes]):
     def setdefault(self, key: Bytes, default: Bytes = b"") -> bytes:
         """The value of a key, which is set to `default` first if it is not there."""
         store = self._writable_store()
-        return self._call(store.setdefault, _as_bytes(key, "keys"), self._value(default))
+        key, default = _as_bytes(key, "keys"), _as_bytes(default, "values")
+        _require_size(len(key) + len(default))
+        return self._call(store.setdefault, key, default)
 
     def pop(self, key: Bytes, default: Any = _MISSING) -> Any:
         """Delete a key and return its value; `default` if it is not there, or KeyError without one."""
@@ -220,12 +231,6 @@ class Database(MutableMapping[bytes, bytes]):
         if default is _MISSING:
             raise KeyError(key)
         return default
-
-    def _value(self, value: Bytes) -> bytes:
-        size = value.nbytes if isinstance(value, memoryview) else len(value) if isinstance(value, (bytes, bytearray, str)) else 0
-        if size > _SIZE_LIMIT:  # before it is copied
-            raise ValueError(f"the value has {size} bytes; at most {_SIZE_LIMIT} fit a record")
-        return _as_bytes(value, "values")
 
     # All keys.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import contents, names, recovery, segment
 from . import header as at
-from .errors import CorruptionError
+from .errors import CorruptionError, NotFoundError
 from .files import Directory
 from .header import MASK32, PAGE_WORDS
 from .keydir import Keydir
@@ -55,7 +55,11 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
 
     Raises `error` if there is no database, or none that can be looked at.
     """
-    log = Log(Directory(os.fsdecode(path)), write=False, mode=0, segment_size=0)
+    name = os.fsdecode(path)
+    try:
+        log = Log(Directory(name), write=False, mode=0, segment_size=0)
+    except OSError as failure:
+        raise NotFoundError(failure.errno, "no database here", name) from failure
     lock = log.lock
     with lock.mutex:
         lock.refuse_reentry()

@@ -64,7 +64,7 @@ class Log:
         self.salt = 0  # of the active segment
         self.sealed_here: list[int] = []  # segments that this handle sealed: it writes their hints when it closes
         self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
-        self.recover: Callable[[], None] = self._cannot_recover
+        self.recover: Callable[..., None] = self._cannot_recover
         self._refreshing = threading.RLock()
         self._maps = files.maps_at_a_time()
 
@@ -89,7 +89,7 @@ class Log:
                 words = self.keydir.words
                 epoch = words[at.EPOCH]
                 if words[at.STATE] == at.MOVED:
-                    self.recover()
+                    self.recover(damaged=False)
                     continue
                 expected = words[at.MANIFEST], words[at.NEXT_MANIFEST]
                 if self.manifest.checksum != expected[0]:
@@ -115,7 +115,8 @@ class Log:
         else:
             self.get = lookup.reader(self.keydir.table, self.epoch, self.segments, self.slow_get)
 
-    def _cannot_recover(self) -> None:
+    def _cannot_recover(self, *, damaged: bool) -> None:
+        del damaged
         raise error(f"{self.directory.name}: the keydir is damaged; close and open the database again")
 
     # Reading records.
@@ -214,7 +215,7 @@ class Log:
                 found = probe(table, key_hash(key, table.seed)).found
                 location = self._match(key, [words[slot] for slot in found])
             except Damaged:
-                self.recover()
+                self.recover(damaged=True)
                 continue
             except Gone as gone:
                 self.require_change(epoch, gone)

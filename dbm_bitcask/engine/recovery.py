@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .files import File
     from .hint import Hint
 
-__all__ = ["leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "trusted"]
+__all__ = ["leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "take_keydir", "trusted"]
 
 
 def ready(log: Log) -> None:
@@ -153,15 +153,21 @@ def _publish(log: Log, tail: int, found: record.Record) -> None:
 def open_keydir(log: Log) -> None:
     """Give the handle of a writer a keydir that can be trusted, and the newest manifest."""
     log.adopt(read_manifest(log.directory))
+    if not take_keydir(log):
+        rebuild(log)
+
+
+def take_keydir(log: Log) -> bool:
+    """Give the handle of a writer the keydir that is there, if it can be trusted."""
     try:
         file = log.directory.open(names.KEYDIR, write=True)
     except FileNotFoundError:
-        file = None
-    if file is None or not trusted(log, file):
-        rebuild(log)
-        return
+        return False
+    if not trusted(log, file):
+        return False
     log.keydir = Keydir(file, write=True)
     log.refresh()
+    return True
 
 
 def trusted(log: Log, file: File) -> bool:
@@ -202,8 +208,7 @@ def open_private_keydir(log: Log) -> None:
     """Give the handle of a reader a keydir of its own, in a file outside the database."""
     log.adopt(read_manifest(log.directory))
     end = _end_of_active(log)
-    log.keydir = _build(log, files.temporary_file(), end)
-    _bind(log, log.keydir, end)
+    _bind(log, _build(log, files.temporary_file(), end), end)
 
 
 def rebuild(log: Log) -> None:
@@ -217,9 +222,8 @@ def rebuild(log: Log) -> None:
         keydir = _build(log, file, end, hints=True)
         if torn:
             end = _leave_torn_segment(log, keydir, end)
-        _mark_moved(log)
-        log.keydir = keydir
         _bind(log, keydir, end)
+        _mark_moved(log)
         log.directory.replace(temporary, names.KEYDIR)
     except BaseException:
         log.directory.remove(temporary)
@@ -273,12 +277,15 @@ def _mark_moved(log: Log) -> None:
 
 
 def _bind(log: Log, keydir: Keydir, end: int) -> None:
-    """Tie a keydir that was just built to the manifest and the tail."""
+    """Tie a keydir that was just built to the manifest and the tail, put its checksums on, and go over to it."""
     words = keydir.words
     active = log.manifest.active.id
     words[at.COUNTERS_A + at.TAIL] = active << 32 | end
     words[at.MANIFEST] = words[at.NEXT_MANIFEST] = log.manifest.checksum
+    keydir.seal(len(keydir.touched))
+    keydir.rest(at.RESTING)
     log.scanned_end = 0
+    log.keydir = keydir
     log.refresh()
 
 

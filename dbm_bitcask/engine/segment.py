@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .files import Directory, File
     from .manifest import Entry
 
-__all__ = ["FIRST_RECORD", "Found", "create", "map_segment", "next_valid", "open_segment", "scan"]
+__all__ = ["FIRST_RECORD", "MARKER", "Found", "create", "map_segment", "next_valid", "open_segment", "scan"]
 
-_MARKER = b"bc.data\1"
+MARKER = b"bc.data\1"
 _HEADER = struct.Struct("<8sQQ")
 _CHECKSUM = struct.Struct("<Q")
 FIRST_RECORD = _HEADER.size + _CHECKSUM.size
@@ -96,5 +96,5 @@ def next_valid(buffer: Buffer, salt: int, start: int, end: int) -> int | None:
 
 
 def _encode_header(entry: Entry) -> bytes:
-    data = _HEADER.pack(_MARKER, entry.id, entry.salt)
+    data = _HEADER.pack(MARKER, entry.id, entry.salt)
     return data + _CHECKSUM.pack(xxh3_64_intdigest(data))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import secrets
+from dataclasses import dataclass
 from time import time
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from . import contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
@@ -38,7 +39,8 @@ MINIMUM_SEGMENT = 4096
 MAXIMUM_SEGMENT = 2**32 - 1
 
 
-class Stats(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Stats:
     """The state of a database, as of one moment. Sizes are in bytes.
 
     `live_bytes` are those of records that count, `dead_bytes` those that a merge gives back, `tombstone_bytes` those of deletions that
@@ -77,7 +79,11 @@ class Store:
         """Open for reading only: no lock is taken and no byte is written."""
         log = Log(_directory(path), write=False, mode=0, segment_size=MAXIMUM_SEGMENT)
         store = cls(log, always=False)
-        store._find_keydir()
+        try:
+            store._find_keydir()
+        except NotFoundError:
+            _refuse_lost_manifest(log.directory, log.directory.list())
+            raise
         return store
 
     @classmethod
@@ -119,15 +125,21 @@ class Store:
         present = log.directory.list()
         if names.MANIFEST not in present:
             _refuse_foreign(log.directory, present)
+            _refuse_lost_manifest(log.directory, present)
+            self._create(1, 1)
+            return
+        old = read_manifest(log.directory)
         try:
-            old = read_manifest(log.directory)
             log.adopt(old)
-            recovery.open_keydir(log)
-            recovery.ready(log)
-            rotation.clear(log)
-        except (error, FileNotFoundError):
-            known = [names.parse_segment(name) or names.parse_hint(name) or 0 for name in present]
-            self._create(max(known, default=0) + 1, 1)
+            _refuse_other_lineage(log, present)
+            if recovery.take_keydir(log):
+                recovery.ready(log)
+                rotation.clear(log)
+                return
+        except (CorruptionError, FileNotFoundError):
+            pass  # what is not readable need not be read
+        above = [names.parse_segment(name) or names.parse_hint(name) or 0 for name in present]
+        self._create(max(old.next_id, *above) + 1, old.number + 1)
 
     def _create(self, first: int, number: int) -> None:
         """Make an empty database out of the files that are there: the manifest is what brings it into being, last."""
@@ -153,10 +165,12 @@ class Store:
                 return
         recovery.open_private_keydir(log)
 
-    def _recover(self) -> None:
-        """The keydir was damaged or replaced while it was mapped."""
+    def _recover(self, *, damaged: bool) -> None:
+        """The keydir was found damaged, or replaced, while it was mapped."""
         if self.log.write:
             self._under_lock(_recover_keydir)
+        elif damaged:
+            recovery.open_private_keydir(self.log)
         else:
             self._find_keydir()
 
@@ -417,14 +431,28 @@ def _directory(path: str, *, create: bool = False, mode: int = 0) -> Directory:
         files.make_directory(path, mode | (mode & 0o444) >> 2)
     except FileExistsError:
         pass  # somebody else has just made it
+    except FileNotFoundError as missing:
+        raise NotFoundError(missing.errno, "the directory to make it in does not exist", os.path.dirname(path)) from missing
     return Directory(path)
 
 
 def _refuse_foreign(directory: Directory, present: list[str]) -> None:
-    ours = (names.KEYDIR, names.MANIFEST)
+    """A directory without a manifest may hold what a creation that was cut short left, and nothing else."""
     for name in present:
-        if not (name in ours or names.parse_segment(name) or names.parse_hint(name) or names.is_temporary(name)):
+        if not _is_ours(directory, name):
             raise error(17, f"this directory is not a database: it holds {name!r}; nothing was changed", directory.name)
+
+
+def _is_ours(directory: Directory, name: str) -> bool:
+    if names.is_temporary(name) or names.parse_hint(name):
+        return True
+    markers = {names.KEYDIR: at.MAGIC_WORD.to_bytes(8, "little")}
+    if names.parse_segment(name):
+        markers[name] = segment.MARKER
+    if name not in markers:
+        return False
+    head = directory.open(name).read(8, 0)
+    return head in (markers[name], b"", bytes(8))
 
 
 def _refuse_lost_manifest(directory: Directory, present: list[str]) -> None:

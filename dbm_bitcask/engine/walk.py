@@ -4,8 +4,8 @@ A walk covers the log up to the tail T at its start, and asks the keydir about e
 
     the slot of its key is at L          yield it
     there is no slot                     skip it: the key is deleted
-    the slot is at or before T           skip it: the walk comes there, or was there
-    the slot is beyond T                 overwritten, or moved by a merge, since: yield the key once, and remember that
+    the slot is before T                 skip it: the walk comes there, or was there
+    the slot is at T or beyond           overwritten, or moved by a merge, since: yield the key once, and remember that
 
 So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments stay open
 until they have been walked, so that a merge does not take them away. Memory: only keys that moved beyond T are remembered.
@@ -90,6 +90,7 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
     xxh3 = xxh3_64_intdigest
     table, epoch = log.keydir.table, log.epoch
     words, directory, shift, seed, checked = table
+    listed = held.entry.id in log.entries
     for offset, flags, key in held.keys(first):
         if flags & _SKIPPED:
             held.verify(offset)
@@ -98,12 +99,13 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
             log.refresh()
             table, epoch = log.keydir.table, log.epoch
             words, directory, shift, seed, checked = table
+            listed = held.entry.id in log.entries
         location = base | offset
         hashed = xxh3(key, seed)
         index = hashed >> shift
         page = directory[index] & BASE
         place = hashed & 0x1FE
-        if checked[index]:
+        if checked[index] and listed:
             while (word := words[page + place]) and word != hashed:
                 place = (place + 2) & 0x1FE
                 if place == hashed & 0x1FE:
@@ -121,13 +123,11 @@ def _is_due(log: Log, key: bytes, location: int, tail: int, moved: set[bytes], h
         slots = _slots(log, key)
         if location in slots:
             return True
-        if not slots:
-            held.verify(location & MASK32)  # a damaged key has no slot, either
-        if key in moved:
+        if not held.verify(location & MASK32) or key in moved:  # a damaged key has no slot, or that of another key
             return False
         epoch = log.epoch
         try:
-            if any(slot > tail and slot >> 32 in log.entries and log.peek(slot).key == key for slot in slots):
+            if any(slot >= tail and log.peek(slot).key == key for slot in slots):
                 moved.add(key)
                 return True
         except Gone as gone:
@@ -143,10 +143,10 @@ def _slots(log: Log, key: bytes) -> list[int]:
         try:
             slots = [table.words[slot] for slot in probe(table, key_hash(key, table.seed)).found]
         except Damaged:
-            log.recover()
+            log.recover(damaged=True)
             continue
         if table.words[at.EPOCH] == epoch == log.epoch:
-            return slots
+            return [location for location in slots if location >> 32 in log.entries]
         log.refresh()
 
 
@@ -196,9 +196,9 @@ class Held:
     def _resume(self, offset: int) -> int:
         return segment.next_valid(self.buffer, self.entry.salt, offset + record.ALIGNMENT, self.end) or self.end
 
-    def verify(self, offset: int) -> None:
-        """Note the record as damaged if it does not verify. What a hint says needs no proof."""
-        if self.hint is None:
-            found = next(segment.scan(self.buffer, self.entry.salt, offset, self.end), None)
-            if found is None:
-                self.damage.append(offset)
+    def verify(self, offset: int) -> bool:
+        """Whether the record verifies; if not it is noted as damaged. What a hint says needs no proof."""
+        if self.hint is None and next(segment.scan(self.buffer, self.entry.salt, offset, self.end), None) is None:
+            self.damage.append(offset)
+            return False
+        return True
