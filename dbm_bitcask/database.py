@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
-from typing import TYPE_CHECKING, Any, TypeVar, Union, overload
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .engine import manifest, names
 from .engine.errors import FlagError, error
@@ -16,17 +17,18 @@ from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, Stats, Store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
-    from typing import Literal
+    from typing import Literal, Self, TypeAlias
 
-    from typing_extensions import Self
+    from typing_extensions import Buffer
+
+    Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+    Bytes: TypeAlias = str | Buffer
 
     Flag = Literal["r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns"]
     Sync = Literal["never", "always"]
 
 __all__ = ["Database", "open", "whichdb"]
 
-Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
-Bytes = Union[str, bytes, bytearray, memoryview]
 Default = TypeVar("Default")
 
 _ERR_CLOSED = "DBM object has already been closed"
@@ -58,9 +60,9 @@ def open(
     O(1), after a restart of the machine at most O(keys).
     """
     letter, always = _parse(flag, sync)
-    if not isinstance(segment_size, int) or not MINIMUM_SEGMENT <= segment_size <= MAXIMUM_SEGMENT:
+    if not MINIMUM_SEGMENT <= segment_size <= MAXIMUM_SEGMENT:
         raise ValueError(f"segment_size must be from {MINIMUM_SEGMENT} to {MAXIMUM_SEGMENT} bytes, not {segment_size!r}")
-    path = os.path.abspath(os.fsdecode(file))
+    path = os.path.abspath(os.fsdecode(file))  # noqa: PTH100  (a later chdir must not change what messages say)
     try:
         if letter == "r":
             store = Store.open_reader(path)
@@ -73,7 +75,7 @@ def open(
     return Database(store, path, writable=letter != "r")
 
 
-def _parse(flag: object, sync: object) -> tuple[str, bool]:
+def _parse(flag: Any, sync: object) -> tuple[str, bool]:
     if not isinstance(flag, str) or flag[:1] not in ("r", "w", "c", "n") or flag[1:] not in ("", "f", "s"):
         raise FlagError(f"Flag must be one of 'r', 'w', 'c', or 'n', not {flag!r}")
     if sync not in ("never", "always"):
@@ -329,10 +331,8 @@ class Database(MutableMapping[bytes, bytes]):
     def __del__(self) -> None:
         store = getattr(self, "_store", None)
         if store is not None and not store.closed:
-            try:
+            with suppress(Exception):  # at the end of the interpreter anything may be gone; and nothing is lost without a close
                 store.close()
-            except Exception:  # noqa: BLE001, S110  (at the end of the interpreter anything may be gone; nothing is lost without a close)
-                pass
 
     def _call(self, action: Callable[..., Default], *args: object) -> Default:
         try:

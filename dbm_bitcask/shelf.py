@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shelve
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .database import Database, Path, open
+from .database import Database, open
+
+if TYPE_CHECKING:
+    from .database import Flag, Path
 
 __all__ = ["Shelf", "open_shelf"]
 
@@ -26,7 +29,7 @@ class Shelf(shelve.Shelf[Any]):
 
 def open_shelf(
     file: Path,
-    flag: Any = "c",
+    flag: Flag = "c",
     protocol: int | None = None,
     writeback: bool = False,
     *,

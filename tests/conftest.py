@@ -6,9 +6,9 @@ import os
 
 import hypothesis
 import pytest
-from dbm_bitcask.engine.check import check
 
 import dbm_bitcask
+from dbm_bitcask.engine.check import check
 
 OPTIONS = {
     "default": {},

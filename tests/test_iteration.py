@@ -7,11 +7,11 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from dbm_bitcask.engine.check import check
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dbm_bitcask
+from dbm_bitcask.engine.check import check
 
 KEYS = {b"key %d" % i: b"value %d" % i for i in range(200)}
 NEVER_ENDING = 10_000

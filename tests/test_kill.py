@@ -12,10 +12,10 @@ import signal
 import time
 
 import pytest
-from dbm_bitcask.engine.check import check
 
 import dbm_bitcask
 from children import fork
+from dbm_bitcask.engine.check import check
 
 KINDS = ["set"] * 60 + ["delete"] * 15 + ["update"] * 2 + ["sync"] * 2 + ["merge"] + ["clear"]
 

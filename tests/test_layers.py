@@ -14,10 +14,10 @@ import dbm_bitcask
 # From the top. A module imports from rows below its own, or from its own row as long as there is no circle.
 ROWS = [
     {"store"},
-    {"walk", "merge", "check", "recovery"},
-    {"log"},
-    {"segment", "keydir", "lock"},
-    {"record", "hint", "manifest", "header"},
+    {"walk", "merge", "check"},
+    {"log", "write", "rotation", "recovery"},
+    {"contents", "segment", "keydir", "lookup", "lock"},
+    {"record", "hint", "manifest", "header", "page"},
     {"names", "files", "errors"},
 ]
 
@@ -92,7 +92,7 @@ def siblings(module):
 
 
 def row_of(module):
-    return next(number for number, row in enumerate(ROWS) if module in row)
+    return next((number for number, row in enumerate(ROWS) if module in row), -1)
 
 
 def test_every_module_of_the_engine_has_a_row():

@@ -533,10 +533,10 @@ def test_database_equals_a_mapping_with_the_same_items(db, tmp_path):
         assert db == other
 
 
-def test_repr_works_open_and_closed(db):
-    assert "Database" in repr(db)
+def test_repr_tells_the_path_open_and_closed(db, path):
+    assert str(path) in repr(db)
     db.close()
-    assert "Database" in repr(db)
+    assert str(path) in repr(db)
 
 
 # firstkey and nextkey

@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from dbm_bitcask.engine.check import check
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import dbm_bitcask
 from children import fork_and_wait
+from dbm_bitcask.engine.check import check
 
 keys = st.one_of(st.integers(0, 30).map(lambda i: b"key %d" % i), st.binary(max_size=3), st.just(b"k" * 5000))
 values = st.one_of(st.binary(max_size=20), st.binary(min_size=1, max_size=1).map(lambda byte: byte * 1500), st.just(b"v" * 5000))

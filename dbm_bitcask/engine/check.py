@@ -135,7 +135,7 @@ def _check_segment(
     tally.length = end - segment.FIRST_RECORD
     reading = contents.Reading(segment.map_segment(file, end), entry, end)
     keys = []
-    for key in reading.keys():
+    for key in reading.keys():  # noqa: SIM118  (a method of that name, not a mapping)
         keys.append(key)
         _apply(entry.id, key, live, tallies)
     for damage in reading.damage:

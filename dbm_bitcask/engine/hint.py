@@ -36,7 +36,7 @@ _U64 = struct.Struct("<Q")
 
 
 class Hint(NamedTuple):
-    """One record of a segment, without its value. `size` is the bytes that the record takes; `expiry` is in milliseconds, 0 if there is none."""
+    """One record of a segment, without its value. `size` is the bytes that it takes; `expiry` is in milliseconds, 0 if there is none."""
 
     offset: int
     size: int

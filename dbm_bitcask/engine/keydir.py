@@ -185,7 +185,7 @@ class Keydir:
         slots = page_slots(self.words, page, min(self.listed, default=0) << 32 or 1)
         depth = page_depth(self.words, page)
         if len(slots) <= FULL // 2:
-            images = divide(slots, 0)[:1]
+            images: tuple[list[int], ...] = divide(slots, 0)[:1]
         else:
             images = divide(slots, 1 << 63 - depth)
             depth += 1

@@ -16,6 +16,7 @@ from .lock import lock_of
 from .page import Damaged, key_hash, probe
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
 
     from typing_extensions import Buffer
@@ -58,7 +59,7 @@ class Log:
         self.segment_size = segment_size
         self.manifest: Manifest = manifest.Manifest(0, 1, ())
         self.entries: dict[int, Entry] = {}
-        self.segments: dict[int, tuple[Buffer, int]] = {}  # what is mapped, with its salt
+        self.segments: dict[int, tuple[mmap.mmap, int]] = {}  # what is mapped, with its salt
         self.rows: dict[int, int] = {}
         self.epoch = 0
         self.salt = 0  # of the active segment
@@ -127,12 +128,12 @@ class Log:
         entry = self.entries[number]
         seed = entry.salt ^ offset
         held = self.segments.get(number)
-        if held is not None and offset < len(memoryview(held[0])):
+        if held is not None and offset < len(held[0]):
             return held[0], offset, seed
         if entry.length:
             return self._map(entry, entry.length), offset, seed
         end = self.end_of(entry)
-        mapped = len(memoryview(held[0])) if held is not None else 0
+        mapped = len(held[0]) if held is not None else 0
         if end - mapped >= _REMAP and offset < end:
             return self._map(entry, end), offset, seed
         return self._read_active(offset), 0, seed
@@ -146,7 +147,7 @@ class Log:
         tail = self.keydir.counter(at.TAIL)
         return tail & MASK32 if tail >> 32 == entry.id else self.active.size()
 
-    def _map(self, entry: Entry, end: int) -> Buffer:
+    def _map(self, entry: Entry, end: int) -> mmap.mmap:
         if entry.length:
             try:
                 file = segment.open_segment(self.directory, entry)

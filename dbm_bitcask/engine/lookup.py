@@ -1,8 +1,9 @@
 """Lookup: the hot path of a read.
 
 `reader` makes the function that answers `get` for one epoch of a handle: what it needs is bound once, not fetched at each call, and the
-function is replaced as a whole when the epoch moves; the masks are those of `header` and `page`, as constants. It decides the two ordinary cases, a verified hit and a valid miss. Everything
-else (another epoch, a segment not mapped yet, a record that does not verify) it leaves to `slow`, which may do the whole search again.
+function is replaced as a whole when the epoch moves. It decides the two ordinary cases, a verified hit and a valid miss. Everything else
+(another epoch, a segment not mapped yet, a record that does not verify, an expiring or compressed one, whose key does not begin where it
+looks) it leaves to `slow`, which does the whole search again. The masks are those of `header` and `page`, as constants.
 
 The length of the function is the price of one call a get instead of five; `python -m compat.peers` shows what that is worth.
 """
@@ -18,9 +19,8 @@ from .header import BASE, EPOCH
 from .page import SLOT_MASK
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable, Mapping
-
-    from typing_extensions import Buffer
 
     from .page import Table
 
@@ -30,7 +30,7 @@ _HEAD = struct.Struct("<QIIB")  # the beginning of a record's header, as far as 
 
 
 def reader(
-    table: Table, epoch: int, segments: Mapping[int, tuple[Buffer, int]], slow: Callable[[bytes], bytes | None]
+    table: Table, epoch: int, segments: Mapping[int, tuple[mmap.mmap, int]], slow: Callable[[bytes], bytes | None]
 ) -> Callable[[bytes], bytes | None]:
     """A function key -> value, or None if the key is not there. `segments` maps ids to (bytes, salt)."""
     words, directory, shift, seed, checked = table

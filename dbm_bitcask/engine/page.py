@@ -163,7 +163,7 @@ def page_depth(words: Words, page: int) -> int:
 
 
 def page_slots(words: Words, page: int, floor: int = 1) -> list[tuple[int, int]]:
-    """The slots of a page with a location of at least `floor`, as (hash, location): neither empty nor deleted, nor from before a `clear`."""
+    """The slots of a page with a location of at least `floor`, as (hash, location): not the deleted, nor those from before a `clear`."""
     base = page * PAGE_WORDS
     numbers = words[base + FIRST_SLOT : base + PAGE_WORDS].tolist()
     return [slot for slot in zip(numbers[::2], numbers[1::2], strict=True) if slot[1] >= floor and slot[0]]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .files import File
     from .hint import Hint
 
-__all__ = ["leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "take_keydir", "trusted"]
+__all__ = ["is_unfinished", "leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "take_keydir", "trusted"]
 
 
 def ready(log: Log) -> None:
@@ -57,6 +57,12 @@ def ready(log: Log) -> None:
             _repair(log)
         else:
             return
+
+
+def is_unfinished(log: Log) -> bool:
+    """Whether somebody died in an operation."""
+    words = log.keydir.words
+    return bool(words[at.STATE] == at.CHANGING or log.active.size() != log.keydir.counter(at.TAIL) & MASK32)
 
 
 def _begin(log: Log) -> None:

@@ -19,6 +19,7 @@ from .errors import CorruptionError
 from .record import HEADER as RECORD_HEADER
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Iterator
 
     from typing_extensions import Buffer
@@ -63,7 +64,7 @@ def open_segment(directory: Directory, entry: Entry, *, write: bool = False) -> 
     return file
 
 
-def map_segment(file: File, end: int) -> Buffer:
+def map_segment(file: File, end: int) -> mmap.mmap:
     """The bytes of a segment up to `end`."""
     return file.map(end)
 

@@ -120,6 +120,9 @@ class Store:
         rotation.sweep(log.directory, log.manifest, present)
         if log.active.identity().links > 1:
             recovery.leave_linked_segment(log)
+        elif recovery.is_unfinished(log):
+            recovery.ready(log)  # now and not at the first write: nothing may appear after it was seen to be absent
+            self._wrote = True
 
     def _replace(self, log: Log) -> None:
         present = log.directory.list()
@@ -412,7 +415,7 @@ class Store:
         )
 
 
-def _closed(key: bytes) -> bytes | None:
+def _closed(_: bytes) -> bytes | None:
     raise error("DBM object has already been closed")
 
 
@@ -494,7 +497,9 @@ def _count(log: Log) -> int:
         current = words[at.CURRENT]
         other = current ^ at.COUNTERS_A ^ at.COUNTERS_B
         tail, count = words[current + at.TAIL], words[current + at.COUNT]
-        if words[other + at.START] == tail and words[other + at.TAIL] >> 32 == tail >> 32 and tail >> 32 in log.entries:
+        if tail >> 32 not in log.entries:
+            return 0  # a `clear` died behind its commit
+        if words[other + at.START] == tail and words[other + at.TAIL] >> 32 == tail >> 32:
             prepared = words[other + at.COUNT]
             if prepared != count and _is_published(log, tail):
                 count = prepared
