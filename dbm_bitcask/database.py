@@ -192,7 +192,7 @@ class Database(MutableMapping[bytes, bytes]):
     def __contains__(self, key: object) -> bool:
         """Whether a key is there. O(1); the value is not read."""
         store = self._open_store()
-        return self._call(store.contains, _as_bytes(key, "keys"))  # type: ignore[arg-type]
+        return self._call(store.contains, _as_bytes(key, "keys"))
 
     def __setitem__(self, key: Bytes, value: Bytes) -> None:
         """Set a key. O(1): one record is appended."""

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import dbm_bitcask
 
@@ -99,7 +99,7 @@ def refuse_foreign(path: str) -> None:
     raise dbm_bitcask.error(f"{path} exists and is not the demo's; it is left alone: choose another PATH")
 
 
-def open_shelf(path: str, flag: str) -> "shelve.Shelf[Any]":
+def open_shelf(path: str, flag: Literal["r", "w", "c"]) -> "shelve.Shelf[Any]":
     """Open the demo's shelf: the one line that a program needs in place of `{}`."""
     return shelve.Shelf(dbm_bitcask.open(path, flag), protocol=PROTOCOL)
 

@@ -14,7 +14,6 @@ from . import header as at
 from .errors import CorruptionError, NotFoundError
 from .files import Directory
 from .header import MASK32, PAGE_WORDS
-from .keydir import Keydir
 from .log import Log, read_manifest
 from .page import (
     IN_USE,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .hint import Hint
+    from .keydir import Keydir
     from .manifest import Entry
 
 __all__ = ["Problem", "check"]
@@ -102,9 +102,8 @@ def _check_names(log: Log) -> Iterator[Problem]:
 
 def _trusted_keydir(log: Log) -> Keydir | None:
     try:
-        file = log.directory.open(names.KEYDIR)
-        return Keydir(file, write=False) if recovery.trusted(log, file) else None
-    except (FileNotFoundError, CorruptionError):
+        return log.keydir if recovery.take_keydir(log) else None
+    except CorruptionError:
         return None
 
 

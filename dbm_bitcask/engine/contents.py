@@ -81,7 +81,7 @@ def mapped_hint(directory: Directory, entry: Entry) -> Buffer | None:
     """The bytes of a segment's hint if it has one that verifies and belongs to it."""
     try:
         file = directory.open(names.hint_name(entry.id))
-        size = file.identity().size
+        size = file.opened.size
         buffer: Buffer = file.map(size) if size else b""
     except OSError:
         return None

@@ -78,6 +78,7 @@ class File(Descriptor):
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, name)
+        self.opened = self.identity()  # as it was then
         self.size: Callable[[], int] = partial(os.lseek, self.fd, 0, os.SEEK_END)
         self.pwrite: Callable[[bytes, int], int] = partial(os.pwrite, self.fd)
 
@@ -155,7 +156,7 @@ class Directory(Descriptor):
             if failure.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise self._irregular(name) from failure
             raise
-        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+        if not stat.S_ISREG(file.opened.mode):
             raise self._irregular(name)
         return file
 

@@ -47,26 +47,31 @@ if TYPE_CHECKING:
 
     from .files import File
 
-__all__ = ["Keydir"]
+__all__ = ["Keydir", "map_words"]
 
 _FIRST_DEPTH = 9  # the directory fills a page from the start
 _MAX_DEPTH = 32
 _SPARE_PAGES = 4
 
 
+def map_words(file: File, size: int, *, write: bool) -> Words:
+    """The whole pages of a file as words."""
+    return memoryview(file.map(size & -PAGE_SIZE, write=write)).cast("Q")
+
+
 class Keydir:
     """The keydir as one handle maps it. Whatever changes it needs the writer lock; looking things up does not."""
 
-    words: Words
     table: Table
 
-    def __init__(self, file: File, *, write: bool) -> None:
+    def __init__(self, file: File, words: Words, *, write: bool) -> None:
+        """Hold a map of the file whose header has been found sound, or has just been written."""
         self.file = file
+        self.words = words
         self.write = write
         self.listed: Collection[int] = ()  # the segments that exist: a slot into another one is an empty slot
         self.touched: set[int] = set()  # pages that this handle unsealed
         self.touched_chunks: set[int] = set()
-        self._map(file.identity().size)
         self._look_at_directory(bytearray())
 
     @classmethod
@@ -77,7 +82,7 @@ class Keydir:
         file.keep_blocks()
         file.reserve(0, (pages + _SPARE_PAGES) * PAGE_SIZE)
         identity = file.identity()
-        words: Words = memoryview(file.map(identity.size, write=True)).cast("Q")
+        words = map_words(file, identity.size, write=True)
         words[at.EPOCH], words[at.CURRENT], words[at.SEED] = 1, at.COUNTERS_A, secrets.randbits(64)
         words[at.DEVICE], words[at.INODE] = identity.device, identity.inode
         words[at.BOOT_LOW], words[at.BOOT_HIGH] = boot & MASK64, boot >> 64
@@ -88,20 +93,17 @@ class Keydir:
         write_page(words, first, 0, empty_page())
         words[at.UNSEALED] = 1
         words[at.STATE], words[at.ROOT], words[at.MAGIC] = at.DIRTY, directory | _FIRST_DEPTH << 32, at.MAGIC_WORD
-        self = cls(file, write=True)
+        self = cls(file, words, write=True)
         self.touched.add(first)
         self.touched_chunks.add(0)
         return self
 
     # The map.
 
-    def _map(self, size: int) -> None:
-        self.words = memoryview(self.file.map(size & -PAGE_SIZE, write=self.write)).cast("Q")
-
     def refresh(self) -> None:
         """Catch up with the file: it grew, or it has another directory."""
         if self.words[at.CAPACITY] * PAGE_WORDS > len(self.words):
-            self._map(self.words[at.CAPACITY] * PAGE_SIZE)
+            self.words = map_words(self.file, self.words[at.CAPACITY] * PAGE_SIZE, write=self.write)
         self._look_at_directory(self.table.checked)
 
     def _look_at_directory(self, known: bytearray) -> None:

@@ -253,6 +253,6 @@ def read_manifest(directory: Directory) -> Manifest:
     except FileNotFoundError as missing:
         raise NotFoundError(missing.errno, "no database here", directory.name) from missing
     try:
-        return manifest.decode(file.read(file.identity().size, 0))
+        return manifest.decode(file.read(file.opened.size, 0))
     except manifest.BadManifest as bad:
         raise CorruptionError(path, None, f"{bad}; run `repair`") from bad

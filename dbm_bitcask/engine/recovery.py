@@ -30,7 +30,7 @@ from . import contents, files, names, record, rotation, segment, write
 from . import header as at
 from .errors import error
 from .header import MASK32, PAGE_SIZE
-from .keydir import Keydir
+from .keydir import Keydir, map_words
 from .log import Log, read_manifest
 from .manifest import Entry
 from .page import key_hash, probe
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .files import File
     from .hint import Hint
 
-__all__ = ["is_unfinished", "leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "take_keydir", "trusted"]
+__all__ = ["is_unfinished", "leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "take_keydir"]
 
 
 def ready(log: Log) -> None:
@@ -164,34 +164,27 @@ def open_keydir(log: Log) -> None:
 
 
 def take_keydir(log: Log) -> bool:
-    """Give the handle of a writer the keydir that is there, if it can be trusted."""
+    """Give the handle the keydir that is there, if it can be trusted to say where the keys of this log are."""
     try:
-        file = log.directory.open(names.KEYDIR, write=True)
+        file = log.directory.open(names.KEYDIR, write=log.write)
     except FileNotFoundError:
         return False
-    if not trusted(log, file):
+    identity = file.opened
+    if identity.size < 4 * PAGE_SIZE:
         return False
-    log.keydir = Keydir(file, write=True)
+    words = map_words(file, identity.size, write=log.write)
+    boot = files.boot_id()
+    if not (at.is_sound(words, identity, boot) and _fits_log(log, words, boot)):
+        return False
+    log.keydir = Keydir(file, words, write=log.write)
     log.refresh()
     return True
 
 
-def trusted(log: Log, file: File) -> bool:
-    """Whether this keydir says where the keys of this log are."""
-    identity = file.identity()
-    if identity.size < 4 * PAGE_SIZE:
-        return False
-    words: at.Words = memoryview(file.map(identity.size & -PAGE_SIZE)).cast("Q")
-    boot = files.boot_id()
-    if not at.is_sound(words, identity, boot):
-        return False
+def _fits_log(log: Log, words: at.Words, boot: int) -> bool:
     listed = log.manifest.checksum
     if words[at.MANIFEST] != listed and not (words[at.STATE] == at.CHANGING and words[at.NEXT_MANIFEST] == listed):
         return False
-    return _fits_log(log, words, boot)
-
-
-def _fits_log(log: Log, words: at.Words, boot: int) -> bool:
     while True:
         current = words[at.CURRENT]
         tail, start, checksum = (words[current + which] for which in (at.TAIL, at.START, at.CHECKSUM))
@@ -273,10 +266,10 @@ def _mark_moved(log: Log) -> None:
         file = log.directory.open(names.KEYDIR, write=True)
     except OSError:
         return
-    identity = file.identity()
+    identity = file.opened
     if identity.size < 4 * PAGE_SIZE or identity.links != 1:
         return
-    words: at.Words = memoryview(file.map(identity.size & -PAGE_SIZE, write=True)).cast("Q")
+    words = map_words(file, identity.size, write=True)
     if words[at.MAGIC] == at.MAGIC_WORD and words[at.INODE] == identity.inode:
         words[at.STATE] = at.MOVED
         words[at.EPOCH] += 1

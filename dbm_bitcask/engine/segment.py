@@ -58,7 +58,7 @@ def open_segment(directory: Directory, entry: Entry, *, write: bool = False) -> 
     file = directory.open(name, write=write)
     if file.read(FIRST_RECORD, 0) != _encode_header(entry):
         raise CorruptionError(file.name, 0, "this is not the segment that the manifest lists; run `repair`")
-    size = file.identity().size
+    size = file.opened.size
     if size < entry.length:
         raise CorruptionError(file.name, size, f"the segment ends here, and {entry.length} bytes of it were written; run `repair`")
     return file

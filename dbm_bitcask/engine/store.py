@@ -17,7 +17,6 @@ from . import header as at
 from .errors import CorruptionError, NotFoundError, error
 from .files import Directory
 from .header import PAGE_SIZE
-from .keydir import Keydir
 from .log import Gone, Log, read_manifest
 from .manifest import Entry, Manifest
 from .page import SLOTS, Damaged, key_hash, probe
@@ -116,9 +115,10 @@ class Store:
             return
         log.adopt(read_manifest(log.directory))
         _refuse_other_lineage(log, present)
-        recovery.open_keydir(log)
+        if not recovery.take_keydir(log):
+            recovery.rebuild(log)
         rotation.sweep(log.directory, log.manifest, present)
-        if log.active.identity().links > 1:
+        if log.active.opened.links > 1:
             recovery.leave_linked_segment(log)
         elif recovery.is_unfinished(log):
             recovery.ready(log)  # now and not at the first write: nothing may appear after it was seen to be absent
@@ -158,13 +158,7 @@ class Store:
         log = self.log
         for _ in range(3):  # a writer may be opening, too
             log.adopt(read_manifest(log.directory))
-            try:
-                file = log.directory.open(names.KEYDIR)
-            except FileNotFoundError:
-                break
-            if recovery.trusted(log, file):
-                log.keydir = Keydir(file, write=False)
-                log.refresh()
+            if recovery.take_keydir(log):
                 return
         recovery.open_private_keydir(log)
 
