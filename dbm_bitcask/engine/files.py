@@ -24,7 +24,7 @@ from .errors import error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Directory", "File", "Identity", "boot_id", "make_directory", "maps_at_a_time", "temporary_file"]
+__all__ = ["Directory", "File", "Identity", "boot_id", "make_directory", "maps_at_a_time", "refuse_remote", "temporary_file"]
 
 # Before 3.13 every map keeps a descriptor of its own.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -34,6 +34,9 @@ _fdatasync = getattr(os, "fdatasync", os.fsync)
 
 # Linux: keep copy-on-write file systems from needing a new block for each page of the map that is written back (SIGBUS when full).
 _GET_FLAGS, _SET_FLAGS, _NO_COW = 0x80086601, 0x40086602, 0x00800000
+
+
+_REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ncpfs", "afs", "ceph", "glusterfs", "lustre", "gpfs", "virtiofs"}
 
 
 class Identity(NamedTuple):
@@ -202,6 +205,20 @@ def make_directory(path: str, mode: int) -> None:
     os.mkdir(path, mode)
     parent = Directory(os.path.dirname(os.path.abspath(path)))
     parent.sync()
+
+
+def refuse_remote(directory: Directory) -> None:
+    """Raise where two machines could write at once, or where a map of a file is not the file."""
+    device = directory.identity().device
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            kinds = [line.split(" - ")[1].split()[0] for line in lines if line.split()[2] == number]
+    except (OSError, IndexError):
+        return  # no Linux: nothing tells
+    for kind in kinds:
+        if kind in _REMOTE or kind.startswith("fuse"):
+            raise error(errno.EOPNOTSUPP, f"the file system is {kind}: a database needs a local one", directory.name)
 
 
 def temporary_file() -> File:

@@ -120,6 +120,14 @@ class Log:
         del damaged
         raise error(f"{self.directory.name}: the keydir is damaged; close and open the database again")
 
+    def durable(self, sync: Callable[[], None]) -> None:
+        """Call a sync. One that failed is never tried again: the kernel may have dropped the pages, and would report success."""
+        try:
+            sync()
+        except OSError:
+            self.keydir.words[at.STATE] = at.POISONED
+            raise
+
     # Reading records.
 
     def bytes_at(self, location: int) -> tuple[Buffer, int, int]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import contents, rotation, segment, write
 from . import header as at
 from .header import MASK32
-from .record import SYNCED, TOMBSTONE
+from .record import TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def merge(log: Log, locked: Callable[..., int], progress: Callable[[int, int], o
             if progress is not None:
                 progress(done + offset, total)
         if offset:
-            log.active.sync_contents()
+            log.durable(log.active.sync_contents)
             cleaned += locked(_drop_if_empty, victim)
         done += victim.length
     return MergeResult(cleaned, before - _total(log))
@@ -103,24 +103,9 @@ def _copy_slice(log: Log, victim: Entry, offset: int) -> int:
             return at_offset
         if found.flags & contents.OVERHEAD:
             continue
-        location = victim.id << 32 | at_offset
-        if found.flags & TOMBSTONE:
-            if not oldest:
-                _keep_tombstone(log, found.key, found.time)
-        else:
-            place = write.locate(log, found.key, room=False)
-            if place.location == location:
-                flags = found.flags & ~SYNCED
-                start, length, checksum = write.append(log, flags, found.key, found.value, found.time)
-                write.publish(log, place, start, length, checksum, flags=flags)
+        if not (oldest and found.flags & TOMBSTONE):
+            write.keep(log, victim.id << 32 | at_offset, found)
     return 0 if reading.damage else victim.length
-
-
-def _keep_tombstone(log: Log, key: bytes, written: int) -> None:
-    place = write.locate(log, key, room=False)
-    if not place.location:
-        start, length, checksum = write.append(log, TOMBSTONE, key, b"", written)
-        write.publish(log, place, start, length, checksum, flags=TOMBSTONE)
 
 
 def _drop_if_empty(log: Log, victim: Entry) -> int:
@@ -131,5 +116,5 @@ def _drop_if_empty(log: Log, victim: Entry) -> int:
     live = victim.length - segment.FIRST_RECORD - words[row + at.ROW_DEAD] - words[row + at.ROW_TOMBSTONES]
     if live:
         return 0
-    rotation.drop(log, victim.id)
+    rotation.relist(log, victim.id)
     return 1

@@ -42,7 +42,17 @@ if TYPE_CHECKING:
     from .files import File
     from .hint import Hint
 
-__all__ = ["is_unfinished", "leave_linked_segment", "open_keydir", "open_private_keydir", "ready", "rebuild", "take_keydir"]
+__all__ = [
+    "heal",
+    "is_poisoned",
+    "is_unfinished",
+    "leave_linked_segment",
+    "open_keydir",
+    "open_private_keydir",
+    "ready",
+    "rebuild",
+    "take_keydir",
+]
 
 
 def ready(log: Log) -> None:
@@ -114,7 +124,7 @@ def _repair(log: Log) -> None:
         return
     found = _record_at(log, tail & MASK32, size)
     if found is None and log.active.identity().links > 1:
-        rotation.rotate(log, sealed=True, seal_length=0)  # the file is a backup's, too: what is behind the tail stays there
+        rotation.leave(log, sync=True)  # the file is a backup's, too: what is behind the tail stays there
     elif found is None:
         log.active.truncate(tail & MASK32)
     elif found.flags & SEAL:
@@ -212,6 +222,7 @@ def open_private_keydir(log: Log) -> None:
 
 def rebuild(log: Log) -> None:
     """Make a new keydir from the log, and put it in the place of the one that is there. O(bytes of the log); O(keys) with hints."""
+    files.refuse_remote(log.directory)
     log.adopt(read_manifest(log.directory))
     end = _end_of_active(log)
     torn = end < log.active.size()
@@ -240,8 +251,39 @@ def _end_of_active(log: Log) -> int:
 def leave_linked_segment(log: Log) -> None:
     """A backup shares the file of the active segment by a hard link: seal it by its length, without a byte written to it."""
     ready(log)
-    if log.keydir.counter(at.TAIL) & MASK32 > segment.FIRST_RECORD:
-        rotation.rotate(log, sealed=True, seal_length=0)
+    rotation.leave(log, sync=True)
+
+
+def is_poisoned(log: Log) -> bool:
+    """Whether a sync failed since the database was opened last."""
+    return bool(log.keydir.words[at.STATE] == at.POISONED)
+
+
+def heal(log: Log) -> None:
+    """Make durable what a failed sync has left in doubt. The file is never synced again: the kernel may call dropped pages written.
+
+    1. Start a new segment, and append everything again that stands behind the last good sync and counts. A crash here leaves what was in
+       doubt in doubt.
+    2. Sync the new segment, and list the old one as it ends at the last good sync. If something behind it cannot be read, the old one
+       stays listed as it is: the damage is reported by whoever reads it.
+    """
+    words = log.keydir.words
+    words[at.STATE] = at.CHANGING  # the failed sync may have been that of a commit
+    ready(log)
+    doubtful = log.manifest.active
+    synced, tail = words[at.SYNCED_TO], log.keydir.counter(at.TAIL)
+    start = synced & MASK32 if synced >> 32 == doubtful.id else segment.FIRST_RECORD
+    rotation.leave(log, sync=False)
+    left = log.entries.get(doubtful.id)
+    if left is not None:
+        reading = contents.Reading(segment.map_segment(segment.open_segment(log.directory, left), tail & MASK32), left, left.length)
+        for offset, found in reading.records(start):
+            if not found.flags & contents.OVERHEAD:
+                write.keep(log, left.id << 32 | offset, found)
+        log.durable(log.active.sync_contents)
+        if not reading.damage:
+            rotation.relist(log, left.id, (left._replace(length=start),) if start > segment.FIRST_RECORD else ())
+    rebuild(log)
 
 
 def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:

@@ -29,46 +29,71 @@ if TYPE_CHECKING:
     from .files import Directory
     from .log import Log
 
-__all__ = ["SEAL_LENGTH", "clear", "commit", "drop", "finish_commit", "publish_manifest", "rotate", "sweep"]
+__all__ = ["SEAL_LENGTH", "clear", "commit", "finish_commit", "leave", "publish_manifest", "relist", "rotate", "sweep"]
 
 SEAL_LENGTH = record.record_length(record.SEAL, 0, 0)
 
 
-def rotate(log: Log, *, sealed: bool = False, seal_length: int = SEAL_LENGTH) -> None:
-    """Seal the active segment and start a new one; `sealed` tells that its seal, of `seal_length`, stands at the tail already."""
+def rotate(log: Log, *, sealed: bool = False) -> None:
+    """Seal the active segment and start a new one; `sealed` tells that a seal stands at the tail already."""
     log.sealed_here.append(log.manifest.active.id)
-    _start_segment(log, log.manifest.segments[:-1], keep=True, sealed=sealed, seal_length=seal_length)
+    end = _tail_offset(log) + SEAL_LENGTH
+    fresh = _new_segment(log)
+    temporary, listed = _list_with(log, fresh, (*log.manifest.segments[:-1], log.manifest.active._replace(length=end)))
+    if not sealed:
+        _append_seal(log)
+    log.durable(log.active.sync_contents)
+    commit(log, temporary, listed)
 
 
 def clear(log: Log) -> None:
     """Start a new segment and list no other. O(1), but for unlinking the files."""
-    _start_segment(log, (), keep=False, sealed=False, seal_length=SEAL_LENGTH)
+    fresh = _new_segment(log)
+    temporary, listed = _list_with(log, fresh, ())
+    _append_seal(log)
+    commit(log, temporary, listed)
     sweep(log.directory, log.manifest)
 
 
-def drop(log: Log, victim: int) -> None:
-    """Commit a manifest without a segment that holds nothing any more, and unlink its files."""
-    kept = tuple(entry for entry in log.manifest.segments if entry.id != victim)
-    listed = log.manifest._replace(number=log.manifest.number + 1, segments=kept)
-    temporary, listed = write_manifest(log.directory, listed, log.mode)
+def leave(log: Log, *, sync: bool) -> None:
+    """Start a new segment without a byte written to the active one, which is listed as it ends at the tail; an empty one is not kept."""
+    end = _tail_offset(log)
+    fresh = _new_segment(log)
+    left = (log.manifest.active._replace(length=end),) if end > segment.FIRST_RECORD else ()
+    temporary, listed = _list_with(log, fresh, (*log.manifest.segments[:-1], *left))
+    if sync:
+        log.durable(log.active.sync_contents)
     commit(log, temporary, listed)
-    log.directory.remove(names.segment_name(victim))
+
+
+def relist(log: Log, victim: int, replacement: tuple[Entry, ...] = ()) -> None:
+    """Commit a manifest with another entry, or none, in the place of a sealed segment; unlink its files if there is none."""
+    kept = tuple(new for entry in log.manifest.segments for new in (replacement if entry.id == victim else (entry,)))
+    temporary, listed = write_manifest(log.directory, log.manifest._replace(number=log.manifest.number + 1, segments=kept), log.mode)
+    commit(log, temporary, listed)
     log.directory.remove(names.hint_name(victim))
+    if not replacement:
+        log.directory.remove(names.segment_name(victim))
 
 
-def _start_segment(log: Log, before: tuple[Entry, ...], *, keep: bool, sealed: bool, seal_length: int) -> None:
-    words = log.keydir.words
-    offset = words[words[at.CURRENT] + at.TAIL] & MASK32
+def _tail_offset(log: Log) -> int:
+    return log.keydir.counter(at.TAIL) & MASK32
+
+
+def _new_segment(log: Log) -> Entry:
     fresh = Entry(log.manifest.next_id, secrets.randbits(64), 0)
     segment.create(log.directory, fresh, log.mode)
-    ended = (log.manifest.active._replace(length=offset + seal_length),) if keep else ()
-    listed = Manifest(log.manifest.number + 1, fresh.id + 1, (*before, *ended, fresh))
-    temporary, listed = write_manifest(log.directory, listed, log.mode)
-    if not sealed:
-        seal = record.encode(record.SEAL, b"", b"", log.manifest.active.salt ^ offset, int(time()))
-        log.active.write(seal, offset)
-    log.active.sync_contents()
-    commit(log, temporary, listed)
+    return fresh
+
+
+def _list_with(log: Log, fresh: Entry, before: tuple[Entry, ...]) -> tuple[str, Manifest]:
+    """Write, under a temporary name, the manifest that ends with a new segment."""
+    return write_manifest(log.directory, Manifest(log.manifest.number + 1, fresh.id + 1, (*before, fresh)), log.mode)
+
+
+def _append_seal(log: Log) -> None:
+    offset = _tail_offset(log)
+    log.active.write(record.encode(record.SEAL, b"", b"", log.salt ^ offset, int(time())), offset)
 
 
 def commit(log: Log, temporary: str, listed: Manifest) -> None:
@@ -77,7 +102,7 @@ def commit(log: Log, temporary: str, listed: Manifest) -> None:
     words[at.STATE] = at.CHANGING
     words[at.NEXT_MANIFEST] = listed.checksum
     log.directory.replace(temporary, names.MANIFEST)
-    log.directory.sync()
+    log.durable(log.directory.sync)
     finish_commit(log, listed)
 
 

@@ -118,7 +118,9 @@ class Store:
         if not recovery.take_keydir(log):
             recovery.rebuild(log)
         rotation.sweep(log.directory, log.manifest, present)
-        if log.active.opened.links > 1:
+        if recovery.is_poisoned(log):
+            recovery.heal(log)
+        elif log.active.opened.links > 1:
             recovery.leave_linked_segment(log)
         elif recovery.is_unfinished(log):
             recovery.ready(log)  # now and not at the first write: nothing may appear after it was seen to be absent
@@ -330,20 +332,11 @@ class Store:
             log.refresh()
         file, active = log.active, log.manifest.active.id
         tail = log.keydir.counter(at.TAIL)
-        self._sync_file(file.sync_contents)
+        if recovery.is_poisoned(log):
+            recovery.ready(log)  # which says so
+        log.durable(file.sync_contents)
         if tail >> 32 == active:  # else the rotation synced it
             log.keydir.words[at.SYNCED_TO] = tail
-
-    def _sync_file(self, call: Callable[[], None]) -> None:
-        """An fsync that failed is never tried again: the kernel may have dropped the pages, and would report success."""
-        words = self.log.keydir.words
-        if words[at.STATE] == at.POISONED:
-            recovery.ready(self.log)
-        try:
-            call()
-        except OSError:
-            words[at.STATE] = at.POISONED
-            raise
 
     def close(self) -> None:
         """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing."""

@@ -30,7 +30,7 @@ from .segment import FIRST_RECORD
 if TYPE_CHECKING:
     from .log import Log
 
-__all__ = ["Place", "append", "delete", "locate", "publish", "put"]
+__all__ = ["Place", "append", "delete", "keep", "locate", "mark", "publish", "publish_mark", "put", "put_new", "settle"]
 
 _COUNTERS = struct.Struct("<6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
@@ -146,7 +146,16 @@ def delete(log: Log, key: bytes) -> bool:
     return True
 
 
-def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None = None) -> tuple[int, int, int]:
+def keep(log: Log, location: int, found: record.Record) -> None:
+    """Append a record again if it counts: its slot points at it, or it is a tombstone whose key is still absent."""
+    place = locate(log, found.key, room=False)
+    if place.location == (0 if found.flags & TOMBSTONE else location):
+        flags = found.flags & ~SYNCED
+        start, length, checksum = append(log, flags, found.key, found.value, found.time, found.expiry)
+        publish(log, place, start, length, checksum, flags=flags)
+
+
+def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None = None, expiry: int = 0) -> tuple[int, int, int]:
     """Append a record at the tail, in a new segment if it does not fit: its location, length and checksum."""
     length = record.record_length(flags, len(key), len(value))
     words = log.keydir.words
@@ -158,7 +167,7 @@ def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None =
     if words[at.SYNCED_TO] == tail:
         flags |= SYNCED
     offset = tail & MASK32
-    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) if written is None else written)
+    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) if written is None else written, expiry)
     done = log.active.pwrite(data, offset)
     if done != length:
         log.active.write(data[done:], offset + done)
