@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .engine import manifest, names
-from .engine.errors import FlagError, error
+from .engine.errors import CLOSED, FlagError, error
 from .engine.files import Directory
 from .engine.record import HEADER, LIMIT
 from .engine.segment import FIRST_RECORD
@@ -31,7 +31,6 @@ __all__ = ["Database", "open", "whichdb"]
 
 Default = TypeVar("Default")
 
-_ERR_CLOSED = "DBM object has already been closed"
 _ERR_READONLY = "The database is opened for reading only"
 _SIZE_LIMIT = LIMIT - FIRST_RECORD - HEADER.size - 8 - 8  # of key and value together: with an expiry and padding
 _MISSING = object()
@@ -151,12 +150,12 @@ class Database(MutableMapping[bytes, bytes]):
 
     def _open_store(self) -> Store:
         if self._store.closed:
-            raise error(_ERR_CLOSED)
+            raise error(CLOSED)
         return self._store
 
     def _writable_store(self) -> Store:
         if self._store.closed:
-            raise error(_ERR_CLOSED)
+            raise error(CLOSED)
         if not self._writable:
             raise error(_ERR_READONLY)
         return self._store
@@ -346,7 +345,7 @@ class Database(MutableMapping[bytes, bytes]):
             for key in keys:
                 yield key
                 if self._store.closed:
-                    raise error(_ERR_CLOSED)
+                    raise error(CLOSED)
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
 

@@ -11,7 +11,10 @@
 
 from __future__ import annotations
 
-__all__ = ["CorruptionError", "FlagError", "NotFoundError", "error"]
+__all__ = ["CLOSED", "CorruptionError", "FlagError", "NotFoundError", "error"]
+
+
+CLOSED = "DBM object has already been closed"  # as the standard library words it
 
 
 class error(OSError):  # noqa: N801  (the name that every dbm module gives it)

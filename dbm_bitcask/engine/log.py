@@ -6,11 +6,11 @@ Nothing here takes the lock. Reading is right without it; `write`, `rotation` an
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from . import files, lookup, manifest, names, record, segment
 from . import header as at
-from .errors import CorruptionError, NotFoundError, error
+from .errors import CLOSED, CorruptionError, NotFoundError, error
 from .header import MASK32
 from .lock import lock_of
 from .page import Damaged, key_hash, probe
@@ -42,6 +42,13 @@ class Peek(NamedTuple):
 
 class Gone(Exception):
     """A segment that the manifest of this handle lists has no file; the text is its path."""
+
+
+class _Released:
+    """Stands where a closed handle had its files."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise error(CLOSED)
 
 
 class Log:
@@ -127,6 +134,11 @@ class Log:
         except OSError:
             self.keydir.words[at.STATE] = at.POISONED
             raise
+
+    def release(self) -> None:
+        """Let go of every file and map; whoever reads at this moment in another thread keeps what it holds."""
+        self.segments = {}
+        self.directory = self.lock = self.active = self.keydir = _Released()  # type: ignore[assignment]
 
     # Reading records.
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from time import time
 from typing import TYPE_CHECKING, TypeVar
 
 from . import contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
-from .errors import CorruptionError, NotFoundError, error
+from .errors import CLOSED, CorruptionError, NotFoundError, error
 from .files import Directory
 from .header import PAGE_SIZE
 from .log import Gone, Log, read_manifest
@@ -64,7 +65,6 @@ class Store:
 
     def __init__(self, log: Log, *, always: bool) -> None:
         self.log = log
-        self.lock = log.lock
         self.always = always
         self.closed = False
         self._wrote = False
@@ -177,7 +177,7 @@ class Store:
 
     def locked(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on a database that is whole and ready to be written."""
-        lock = self.lock
+        lock = self.log.lock
         with lock.mutex:
             if lock.busy:
                 lock.refuse_reentry()
@@ -202,7 +202,7 @@ class Store:
 
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on whatever is there."""
-        lock = self.lock
+        lock = self.log.lock
         with lock.mutex:
             lock.refuse_reentry()
             try:
@@ -262,7 +262,7 @@ class Store:
 
     def set(self, key: bytes, value: bytes) -> None:
         """Set a key. O(1)."""
-        lock = self.lock
+        lock = self.log.lock
         with lock.mutex:
             if lock.busy:
                 lock.refuse_reentry()
@@ -348,11 +348,14 @@ class Store:
                 self._settle()
         finally:
             self.log.get = _closed
+            self.log.release()
 
     def _settle(self) -> None:
         log = self.log
         self.sync()
-        self._write_hints()
+        with suppress(OSError):  # a full disk: neither is needed, and everything is durable
+            self.locked(_vouch)
+            self._write_hints()
         while not self.locked(_seal_slice):
             pass
         clean = len(self) >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
@@ -403,7 +406,7 @@ class Store:
 
 
 def _closed(_: bytes) -> bytes | None:
-    raise error("DBM object has already been closed")
+    raise error(CLOSED)
 
 
 # Opening.
@@ -530,11 +533,16 @@ def _seal_slice(log: Log) -> bool:
     return log.keydir.seal(_PAGES_A_SLICE)
 
 
-def _rest(log: Log, clean: bool) -> None:
-    """The last thing that a closing writer does under the lock: vouch for what is synced, and seal pages and header."""
+def _vouch(log: Log) -> None:
+    """Leave a record that says that all before it is synced, unless somebody has written meanwhile."""
     words = log.keydir.words
     if words[at.SYNCED_TO] == words[words[at.CURRENT] + at.TAIL]:
         write.mark(log)
+
+
+def _rest(log: Log, clean: bool) -> None:
+    """The last thing that a closing writer does under the lock: seal pages and header."""
+    words = log.keydir.words
     if words[at.UNSEALED] > len(log.keydir.touched) and (clean or words[at.PAGES] <= _PAGES_A_SLICE):
         log.keydir.touch_unsealed()
     log.keydir.seal(len(log.keydir.touched))
