@@ -60,16 +60,7 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
         log = Log(Directory(name), write=False, mode=0, segment_size=0)
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
-    lock = log.lock
-    with lock.mutex:
-        lock.refuse_reentry()
-        try:
-            lock.busy = True
-            lock.acquire()
-            return list(_check(log))
-        finally:
-            lock.busy = False
-            lock.release()
+    return log.lock.run(lambda: list(_check(log)))
 
 
 def _check(log: Log) -> Iterator[Problem]:

@@ -3,17 +3,7 @@
 The lock is flock on the directory itself: there is no lock file that could be deleted, and the kernel drops it when a process dies.
 All handles of a process on one directory share one lock, found by device and inode; a mutex keeps its threads apart.
 
-The order of every use, inline because a signal may arrive between any two calls (a `with` on an object written in Python would leak):
-
-    with lock.mutex:                        # in C: cannot be interrupted between taking it and being responsible for it
-        lock.refuse_reentry()
-        try:
-            lock.busy = True
-            lock.acquire()                  # inside the try: a signal may be delivered as it returns
-            ...
-        finally:
-            lock.busy = False
-            lock.release()                  # harmless if it was not taken; the mutex says that no other thread has it
+`run` shows the order of every use. A signal may arrive between any two calls, so that a `with` on an object written in Python would leak.
 """
 
 from __future__ import annotations
@@ -21,9 +11,16 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import error
-from .files import Directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .files import Directory
+
+Result = TypeVar("Result")
 
 __all__ = ["WriterLock", "lock_of"]
 
@@ -40,6 +37,19 @@ class WriterLock:
         self.busy = False
         self.acquire = directory.lock
         self.release = directory.unlock
+
+    def run(self, action: Callable[..., Result], *args: object) -> Result:
+        """Call `action(*args)` under the lock."""
+        with self.mutex:  # in C: it cannot be interrupted between taking it and being responsible for it
+            if self.busy:
+                self.refuse_reentry()
+            try:
+                self.busy = True
+                self.acquire()  # inside the try: a signal may be delivered as it returns
+                return action(*args)
+            finally:
+                self.busy = False
+                self.release()  # harmless if it was not taken: the mutex says that no other thread has it
 
     def refuse_reentry(self) -> None:
         """Raise if this thread is inside an operation already: a signal handler or a finalizer that uses the same database."""

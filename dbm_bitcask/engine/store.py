@@ -177,41 +177,21 @@ class Store:
 
     def locked(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on a database that is whole and ready to be written."""
-        lock = self.log.lock
-        with lock.mutex:
-            if lock.busy:
-                lock.refuse_reentry()
-            try:
-                lock.busy = True
-                lock.acquire()
-                return self._run(action, *args)
-            finally:
-                lock.busy = False
-                lock.release()
+        return self._under_lock(self._run, action, *args)
 
-    def _run(self, action: Callable[..., Result], *args: object) -> Result:
-        """Under the lock: make the database ready, and run the action; once more if it meets a damaged keydir."""
+    def _run(self, log: Log, action: Callable[..., Result], *args: object) -> Result:
         try:
-            recovery.ready(self.log)
+            recovery.ready(log)
             self._wrote = True
-            return action(self.log, *args)
+            return action(log, *args)
         except Damaged:
-            recovery.rebuild(self.log)
-            recovery.ready(self.log)
-            return action(self.log, *args)
+            recovery.rebuild(log)
+            recovery.ready(log)
+            return action(log, *args)
 
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on whatever is there."""
-        lock = self.log.lock
-        with lock.mutex:
-            lock.refuse_reentry()
-            try:
-                lock.busy = True
-                lock.acquire()
-                return action(self.log, *args)
-            finally:
-                lock.busy = False
-                lock.release()
+        return self.log.lock.run(action, self.log, *args)
 
     # Reading.
 
@@ -263,14 +243,14 @@ class Store:
     def set(self, key: bytes, value: bytes) -> None:
         """Set a key. O(1)."""
         lock = self.log.lock
-        with lock.mutex:
+        with lock.mutex:  # as `lock.run` does, which would cost a call more
             if lock.busy:
                 lock.refuse_reentry()
             try:
                 lock.busy = True
                 lock.acquire()
                 if not write.put_new(self.log, key, value):
-                    self._run(write.put, key, value)
+                    self._run(self.log, write.put, key, value)
                 self._wrote = True
             finally:
                 lock.busy = False
