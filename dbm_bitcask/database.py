@@ -7,12 +7,8 @@ from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from .engine import manifest, names
 from .engine.errors import CLOSED, FlagError, error
-from .engine.files import Directory
-from .engine.record import HEADER, LIMIT
-from .engine.segment import FIRST_RECORD
-from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, Stats, Store
+from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Stats, Store, is_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +28,6 @@ __all__ = ["Database", "open", "whichdb"]
 Default = TypeVar("Default")
 
 _ERR_READONLY = "The database is opened for reading only"
-_SIZE_LIMIT = LIMIT - FIRST_RECORD - HEADER.size - 8 - 8  # of key and value together: with an expiry and padding
 _MISSING = object()
 _BY_DEFAULT: Any = "".join(("ne", "ver"))  # equal to "never" and another object: whether `sync` was given shows in its identity
 
@@ -94,11 +89,7 @@ def _as_error(failure: OSError, path: str) -> error:
 
 def whichdb(file: Path) -> str | None:
     """ "dbm_bitcask" if `file` is a database of ours, else None. Reads the first bytes of its manifest; never asks `dbm`."""
-    try:
-        head = Directory(os.fsdecode(file)).open(names.MANIFEST).read(len(manifest.MARKER), 0)
-    except OSError:
-        return None
-    return "dbm_bitcask" if head == manifest.MARKER else None
+    return "dbm_bitcask" if is_database(os.fsdecode(file)) else None
 
 
 def _as_bytes(data: object, what: str) -> bytes:
@@ -116,8 +107,8 @@ def _as_bytes(data: object, what: str) -> bytes:
 
 
 def _require_size(size: int) -> None:
-    if size > _SIZE_LIMIT:
-        raise ValueError(f"key and value have {size} bytes; at most {_SIZE_LIMIT} fit a record")
+    if size > SIZE_LIMIT:
+        raise ValueError(f"key and value have {size} bytes; at most {SIZE_LIMIT} fit a record")
 
 
 class Database(MutableMapping[bytes, bytes]):
@@ -201,7 +192,7 @@ class Database(MutableMapping[bytes, bytes]):
             key = _as_bytes(key, "keys")
         if type(value) is not bytes:
             value = _as_bytes(value, "values")
-        if len(key) + len(value) > _SIZE_LIMIT:
+        if len(key) + len(value) > SIZE_LIMIT:
             _require_size(len(key) + len(value))
         try:
             self._store.set(key, value)

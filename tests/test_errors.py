@@ -394,6 +394,17 @@ def test_flipped_bit_in_the_active_segment_of_a_closed_database_is_never_a_silen
         assert what_is_readable(full).items() <= ITEMS.items()
 
 
+@pytest.mark.parametrize("filling", [b"\xff" * 8, bytes(8)], ids=["ones", "zeros"])
+def test_wherever_a_word_of_the_log_is_damaged_all_keys_are_listed_or_an_error_tells_that_they_are_not(full, filling):
+    for file in sorted(full.glob("*.data")):
+        good = file.read_bytes()
+        for at in range(0, len(good), 8):
+            file.write_bytes(good[:at] + filling + good[at + 8 :])
+            with contextlib.suppress(dbm_bitcask.CorruptionError), dbm_bitcask.open(full, "r") as db:
+                assert sorted(db.keys()) == sorted(ITEMS), f"{file.name} at offset {at}"
+        file.write_bytes(good)
+
+
 def test_damaged_value_is_a_corruption_error_with_the_place_and_the_others_stay_readable(full):
     data = {file: file.read_bytes() for file in full.glob("*.data")}
     value = ITEMS[b"key 60"]

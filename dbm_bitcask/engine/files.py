@@ -24,7 +24,17 @@ from .errors import error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Directory", "File", "Identity", "boot_id", "make_directory", "maps_at_a_time", "refuse_remote", "temporary_file"]
+__all__ = [
+    "Directory",
+    "File",
+    "Identity",
+    "boot_id",
+    "make_directory",
+    "maps_at_a_time",
+    "refuse_remote",
+    "remove_empty_file",
+    "temporary_file",
+]
 
 # Before 3.13 every map keeps a descriptor of its own.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -205,6 +215,16 @@ def make_directory(path: str, mode: int) -> None:
     os.mkdir(path, mode)
     parent = Directory(os.path.dirname(os.path.abspath(path)))
     parent.sync()
+
+
+def remove_empty_file(path: str) -> None:
+    """Unlink a regular file without contents; nothing happens to anything else."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        os.unlink(path)
 
 
 def refuse_remote(directory: Directory) -> None:

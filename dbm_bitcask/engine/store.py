@@ -19,14 +19,14 @@ from .errors import CLOSED, CorruptionError, NotFoundError, error
 from .files import Directory
 from .header import PAGE_SIZE
 from .log import Gone, Log, read_manifest
-from .manifest import Entry, Manifest
+from .manifest import MARKER, Entry, Manifest
 from .page import SLOTS, Damaged, key_hash, probe
-from .record import TOMBSTONE
+from .record import ALIGNMENT, EXPIRES, LIMIT, TOMBSTONE, record_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Stats", "Store"]
+__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Stats", "Store", "is_database"]
 
 Result = TypeVar("Result")
 
@@ -37,6 +37,7 @@ _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew 
 
 MINIMUM_SEGMENT = 4096
 MAXIMUM_SEGMENT = 2**32 - 1
+SIZE_LIMIT = LIMIT - segment.FIRST_RECORD - record_length(EXPIRES, 0, 0) - ALIGNMENT  # of key and value together, in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,15 @@ class Stats:
     index_bytes: int
     index_pages: int
     index_load: float
+
+
+def is_database(path: str) -> bool:
+    """Whether there is a directory with the manifest of a database, as far as its first bytes tell."""
+    try:
+        head = Directory(path).open(names.MANIFEST).read(len(MARKER), 0)
+    except OSError:
+        return False
+    return head == MARKER
 
 
 class Store:
@@ -96,8 +106,7 @@ class Store:
     @classmethod
     def open_new(cls, path: str, *, mode: int, always: bool, segment_size: int) -> Store:
         """Open an empty database in the place of one that is there, or of an empty file. The old contents stay until the commit."""
-        if os.path.isfile(path) and not os.path.islink(path) and os.path.getsize(path) == 0:
-            os.unlink(path)
+        files.remove_empty_file(path)
         directory = _directory(path, create=True, mode=mode)
         store = cls(Log(directory, write=True, mode=mode, segment_size=segment_size), always=always)
         store._under_lock(store._replace)
@@ -177,7 +186,8 @@ class Store:
 
     def locked(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on a database that is whole and ready to be written."""
-        return self._under_lock(self._run, action, *args)
+        result: Result = self._under_lock(self._run, action, *args)
+        return result
 
     def _run(self, log: Log, action: Callable[..., Result], *args: object) -> Result:
         try:

@@ -177,8 +177,8 @@ class Held:
             _, length, key_end, padding, flags, _ = unpack(data, offset)
             start = offset + size
             if flags & (EXTENDED | BATCH):
-                if flags & BATCH:
-                    offset = start + padding  # the records of the batch follow
+                if flags & BATCH:  # its records follow the head of the frame, if it is one
+                    offset = start + padding if self.verify(offset) else self._resume(offset)
                     continue
                 start += 8
             after = offset + 8 + length
