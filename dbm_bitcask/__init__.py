@@ -13,7 +13,7 @@ b'value'
 """
 
 from .database import Database, open, whichdb
-from .engine.errors import CorruptionError, error
+from .engine.errors import CorruptionError, LockTimeout, error
 from .shelf import Shelf, open_shelf
 
-__all__ = ["CorruptionError", "Database", "Shelf", "error", "open", "open_shelf", "whichdb"]
+__all__ = ["CorruptionError", "Database", "LockTimeout", "Shelf", "error", "open", "open_shelf", "whichdb"]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .engine.errors import CLOSED, FlagError, error
-from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Stats, Store, is_database
+from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
     Bytes: TypeAlias = str | Buffer
 
-    Flag = Literal["r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns"]
-    Sync = Literal["never", "always"]
+    Flag = Literal[
+        "r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns", "ru", "wu", "cu", "nu",
+        "rfu", "wfu", "cfu", "nfu", "rsu", "wsu", "csu", "nsu", "ruf", "wuf", "cuf", "nuf", "rus", "wus", "cus", "nus",
+    ]  # fmt: skip
+    Sync: TypeAlias = Literal["never", "always"] | float
 
 __all__ = ["Database", "open", "whichdb"]
 
@@ -39,45 +42,64 @@ def open(
     *,
     sync: Sync = _BY_DEFAULT,
     segment_size: int = 64 * 2**20,
+    timeout: float | None = None,
 ) -> Database:
-    """Open the database at `file`, a directory.
+    """Open the database at `file`, a directory. Any number of processes and threads may have it open, and write.
 
     `flag` is "r" (read only), "w" (read and write), "c" (the same, created if it does not exist) or "n" (always a new, empty one), followed
-    by at most one of "f" (sync="never") and "s" (sync="always"). `mode` is that of new files under the umask; a new directory also gets
-    the right to search it wherever it may be read.
+    by any of "f" (sync="never"), "s" (sync="always") and "u" (no lock is taken: the caller promises that no other process uses the
+    database). `mode` is that of new files under the umask; a new directory also gets the right to search it wherever it may be read.
 
     `sync` says what survives a power cut; killing the process never loses what was acknowledged. "never", the default: everything up to the
-    last `sync()` or `close()`, and of what came later a prefix. "always": everything, at the price of an fsync for every change.
-    `segment_size` is the size in bytes, at least 4096, from which on a data file is closed and a new one begun.
+    last `sync()` or `close()`, and of what came later a prefix. A number: the same, and at most that many seconds are lost; no write waits
+    for the disk. "always": everything, at the price of an fsync for every change, which writers that wait at the same time share.
+    `segment_size` is the size in bytes, at least 4096, from which on a data file is closed and a new one begun. `timeout` is how many
+    seconds a change waits for another writer before it raises `LockTimeout`; None is for ever.
 
     Raises `error`; where there is no database and none is to be created, it is a FileNotFoundError, too; for an unknown flag a ValueError.
     O(1), after a restart of the machine at most O(keys).
     """
-    letter, always = _parse(flag, sync)
+    letter, suffix = _parse(flag)
+    interval = _interval(flag, suffix, sync)
     if not MINIMUM_SEGMENT <= segment_size <= MAXIMUM_SEGMENT:
         raise ValueError(f"segment_size must be from {MINIMUM_SEGMENT} to {MAXIMUM_SEGMENT} bytes, not {segment_size!r}")
+    if timeout is not None and not timeout >= 0:
+        raise ValueError(f"timeout must be a number of seconds, not {timeout!r}")
     path = os.path.abspath(os.fsdecode(file))  # noqa: PTH100  (a later chdir must not change what messages say)
+    return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix), interval)
+
+
+def _open(path: str, letter: str, options: Options, interval: float | None) -> Database:
     try:
         if letter == "r":
             store = Store.open_reader(path)
         elif letter == "n":
-            store = Store.open_new(path, mode=mode, always=always, segment_size=segment_size)
+            store = Store.open_new(path, options, interval)
         else:
-            store = Store.open_writer(path, create=letter == "c", mode=mode, always=always, segment_size=segment_size)
+            store = Store.open_writer(path, options, interval, create=letter == "c")
     except OSError as failure:
         raise _as_error(failure, path) from failure
-    return Database(store, path, writable=letter != "r")
+    # Pickled, a handle of flag n or c becomes one of flag w: it must not wipe what it is a handle of.
+    return Database(store, path, (path, "r" if letter == "r" else "w", options, interval))
 
 
-def _parse(flag: Any, sync: object) -> tuple[str, bool]:
-    if not isinstance(flag, str) or flag[:1] not in ("r", "w", "c", "n") or flag[1:] not in ("", "f", "s"):
+def _parse(flag: Any) -> tuple[str, str]:
+    suffix = flag[1:] if isinstance(flag, str) and flag[:1] in ("r", "w", "c", "n") else "?"
+    if set(suffix) - set("fsu") or len(set(suffix)) < len(suffix) or {"f", "s"} <= set(suffix):
         raise FlagError(f"Flag must be one of 'r', 'w', 'c', or 'n', not {flag!r}")
-    if sync not in ("never", "always"):
-        raise ValueError(f"sync must be 'never' or 'always', not {sync!r}")
-    meant = {"f": "never", "s": "always"}.get(flag[1:], sync)
+    return flag[0], suffix
+
+
+def _interval(flag: str, suffix: str, sync: Any) -> float | None:
+    """The seconds after which writes are durable: 0 for at once, None for not before they are asked to be."""
+    meant = "always" if "s" in suffix else "never" if "f" in suffix else sync
     if sync is not _BY_DEFAULT and sync != meant:
         raise ValueError(f"flag {flag!r} means sync={meant!r}, and sync={sync!r} was given")
-    return flag[0], meant == "always"
+    if meant in ("never", "always"):
+        return 0.0 if meant == "always" else None
+    if isinstance(meant, bool) or not isinstance(meant, (int, float)) or not 0 < meant < float("inf"):
+        raise ValueError(f"sync must be 'never', 'always' or a number of seconds above 0, not {sync!r}")
+    return float(meant)
 
 
 def _as_error(failure: OSError, path: str) -> error:
@@ -128,16 +150,22 @@ class Database(MutableMapping[bytes, bytes]):
     The database may be changed while it is iterated: every key that is present all the time is met exactly once, and the loop ends.
     """
 
-    def __init__(self, store: Store, path: str, *, writable: bool) -> None:
+    def __init__(self, store: Store, path: str, how: tuple[str, str, Options, float | None]) -> None:
         self._store = store
         self._log = store.log
         self._path = path
-        self._writable = writable
+        self._how = how
+        self._writable = how[1] != "r"
         self._cursor: tuple[bytes, Iterator[bytes]] | None = None
 
     def __repr__(self) -> str:
         state = "closed " if self._store.closed else ""
         return f"<{state}dbm_bitcask.Database {self._path!r}>"
+
+    def __reduce__(self) -> tuple[Callable[..., Database], tuple[str, str, Options, float | None]]:
+        """Pickle as a handle on the same database, opened again where it is unpickled."""
+        self._open_store()
+        return _open, self._how
 
     def _open_store(self) -> Store:
         if self._store.closed:

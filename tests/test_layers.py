@@ -15,7 +15,7 @@ import dbm_bitcask
 ROWS = [
     {"store"},
     {"walk", "merge", "check"},
-    {"log", "write", "rotation", "recovery"},
+    {"log", "write", "rotation", "recovery", "syncer"},
     {"contents", "segment", "keydir", "lookup", "lock"},
     {"record", "hint", "manifest", "header", "page"},
     {"names", "files", "errors"},

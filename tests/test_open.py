@@ -139,7 +139,7 @@ def test_other_handles_see_that_n_emptied_the_database(full):
             assert dict(new) == dict(reader) == {b"key 2": b"through the old handle"}
 
 
-@pytest.mark.parametrize("flag", ["x", "rx", "", "rw", "R", "cu", " r", "rff", "f"])
+@pytest.mark.parametrize("flag", ["x", "rx", "", "rw", "R", "cx", "cfs", "cuu", " r", "rff", "f"])
 def test_unknown_flag_is_error_and_value_error_and_creates_nothing(path, flag):
     with pytest.raises(dbm_bitcask.error) as failure:
         dbm_bitcask.open(path, flag)

@@ -8,10 +8,10 @@ import pytest
 
 import dbm_bitcask
 
-NAMES = ["CorruptionError", "Database", "Shelf", "error", "open", "open_shelf", "whichdb"]
+NAMES = ["CorruptionError", "Database", "LockTimeout", "Shelf", "error", "open", "open_shelf", "whichdb"]
 
 METHODS = """
-    __contains__ __delitem__ __enter__ __eq__ __exit__ __getitem__ __ior__ __iter__ __len__ __setitem__
+    __contains__ __delitem__ __enter__ __eq__ __exit__ __getitem__ __ior__ __iter__ __len__ __reduce__ __setitem__
     clear close firstkey get items keys merge nextkey pop popitem reorganize setdefault stats sync update values
 """.split()  # noqa: SIM905
 
@@ -36,6 +36,7 @@ def test_signature_of_open():
         ("mode", 0o666, POSITIONAL),
         ("sync", "never", BY_NAME),
         ("segment_size", 64 * 2**20, BY_NAME),
+        ("timeout", None, BY_NAME),
     ]
 
 

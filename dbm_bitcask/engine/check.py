@@ -57,10 +57,10 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
     """
     name = os.fsdecode(path)
     try:
-        log = Log(Directory(name), write=False, mode=0, segment_size=0)
+        log = Log(Directory(name))
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
-    return log.lock.run(lambda: list(_check(log)))
+    return log.under_lock(lambda log: list(_check(log)))
 
 
 def _check(log: Log) -> Iterator[Problem]:

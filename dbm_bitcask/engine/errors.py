@@ -4,6 +4,7 @@
      └── error                    every failure of a database
           ├── NotFoundError       no database there (also a FileNotFoundError)
           ├── FlagError           a flag that does not exist (also a ValueError)
+          ├── LockTimeout         another process kept the writer lock for too long (also a TimeoutError)
           └── CorruptionError     bytes that do not verify; `path` and `offset` tell which
 
 `KeyError`, `TypeError` and `ValueError` keep the meaning that they have for a mapping.
@@ -11,7 +12,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CLOSED", "CorruptionError", "FlagError", "NotFoundError", "error"]
+__all__ = ["CLOSED", "CorruptionError", "FlagError", "LockTimeout", "NotFoundError", "error"]
 
 
 CLOSED = "DBM object has already been closed"  # as the standard library words it
@@ -27,6 +28,10 @@ class NotFoundError(error, FileNotFoundError):
 
 class FlagError(error, ValueError):
     """The flag is none of those that `open` knows."""
+
+
+class LockTimeout(error, TimeoutError):
+    """The writer lock was not free within the `timeout` that `open` was given. Nothing has changed."""
 
 
 class CorruptionError(error):

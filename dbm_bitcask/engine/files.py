@@ -152,6 +152,14 @@ class Directory(Descriptor):
         self.lock: Callable[[], None] = partial(fcntl.flock, self.fd, fcntl.LOCK_EX)
         self.unlock: Callable[[], None] = partial(fcntl.flock, self.fd, fcntl.LOCK_UN)
 
+    def try_lock(self) -> bool:
+        """Take the lock if it is free."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def again(self) -> Directory:
         """The same directory by another open file description, which does not share its locks."""
         return Directory(self.name, at=self.fd)

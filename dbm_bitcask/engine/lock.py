@@ -8,12 +8,15 @@ All handles of a process on one directory share one lock, found by device and in
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
+from contextlib import suppress
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import error
+from .errors import LockTimeout, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,21 +25,52 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+_POLL = 0.002  # seconds between two looks: flock has no timeout of its own
+
 __all__ = ["WriterLock", "lock_of"]
 
 
 class WriterLock:
-    """The writer lock of one directory in this process."""
+    """The writer lock of one directory in this process; with `alone`, of one that no other process uses: only threads are kept apart."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, alone: bool) -> None:
+        self.alone = alone
         self._set_up(directory)
 
     def _set_up(self, directory: Directory) -> None:
         self.directory = directory
         self.mutex = threading.RLock()
         self.busy = False
-        self.acquire = directory.lock
-        self.release = directory.unlock
+        self.acquire = directory.lock if not self.alone else _nothing
+        self.try_acquire = directory.try_lock if not self.alone else lambda: True
+        self.release = directory.unlock if not self.alone else _nothing
+        self.pid = os.getpid()
+
+    def run_within(self, timeout: float, holder: Callable[[], str], action: Callable[..., Result], *args: object) -> Result:
+        """The same as `run`, but `LockTimeout` if the lock is not free within `timeout` seconds; `holder()` tells who has it."""
+        deadline = monotonic() + timeout
+        try:
+            if not self.mutex.acquire(timeout=timeout):
+                raise self._timeout(timeout, "another thread of this process")
+            if self.busy:
+                self.refuse_reentry()
+            try:
+                self.busy = True
+                while not self.try_acquire():
+                    left = deadline - monotonic()
+                    if left <= 0:
+                        raise self._timeout(timeout, holder())
+                    sleep(min(left, _POLL))
+                return action(*args)
+            finally:
+                self.busy = False
+                self.release()
+        finally:
+            with suppress(RuntimeError):  # it was not taken
+                self.mutex.release()
+
+    def _timeout(self, timeout: float, holder: str) -> LockTimeout:
+        return LockTimeout(errno.ETIMEDOUT, f"the writer lock was not free for {timeout:g} s: {holder} has it", self.directory.name)
 
     def run(self, action: Callable[..., Result], *args: object) -> Result:
         """Call `action(*args)` under the lock."""
@@ -63,17 +97,22 @@ class WriterLock:
         self._set_up(self.directory.again())
 
 
-_locks: weakref.WeakValueDictionary[tuple[int, int], WriterLock] = weakref.WeakValueDictionary()
+def _nothing() -> None:
+    pass
+
+
+_locks: weakref.WeakValueDictionary[tuple[int, int, bool], WriterLock] = weakref.WeakValueDictionary()
 _registry_mutex = threading.Lock()
 
 
-def lock_of(directory: Directory) -> WriterLock:
+def lock_of(directory: Directory, *, alone: bool = False) -> WriterLock:
     """The lock of a directory: the same object for every handle of this process."""
     identity = directory.identity()
+    key = identity.device, identity.inode, alone
     with _registry_mutex:
-        lock = _locks.get(identity[:2])
+        lock = _locks.get(key)
         if lock is None:
-            lock = _locks[identity[:2]] = WriterLock(directory)
+            lock = _locks[key] = WriterLock(directory, alone=alone)
         return lock
 
 

@@ -6,7 +6,8 @@ Nothing here takes the lock. Reading is right without it; `write`, `rotation` an
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from time import time
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from . import files, lookup, manifest, names, record, segment
 from . import header as at
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from .files import Directory, File
+    from .files import Directory, File, Identity
     from .keydir import Keydir
     from .manifest import Entry, Manifest
 
-__all__ = ["Gone", "Log", "Peek", "read_manifest"]
+__all__ = ["Gone", "Log", "Options", "Peek", "read_manifest"]
+
+Result = TypeVar("Result")
 
 _READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
 _REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
@@ -51,6 +54,18 @@ class _Released:
         raise error(CLOSED)
 
 
+class Options(NamedTuple):
+    """How a writer goes about it; another may do otherwise at the same time."""
+
+    mode: int = 0o666  # of new files, under the umask
+    segment_size: int = 2**32 - 1  # bytes from which on a segment is sealed
+    timeout: float | None = None  # seconds to wait for the lock; None: for ever
+    alone: bool = False  # no other process uses the database: no lock is taken
+
+
+DEFAULT = Options()
+
+
 class Log:
     """The files of one handle: directory, manifest, open segments, active segment, keydir."""
 
@@ -58,12 +73,13 @@ class Log:
     active: File
     get: Callable[[bytes], bytes | None]
 
-    def __init__(self, directory: Directory, *, write: bool, mode: int, segment_size: int) -> None:
+    def __init__(self, directory: Directory, options: Options = DEFAULT, *, write: bool = False) -> None:
         self.directory = directory
-        self.lock = lock_of(directory)
+        self.lock = lock_of(directory, alone=options.alone)
+        self.timeout = options.timeout
         self.write = write
-        self.mode = mode
-        self.segment_size = segment_size
+        self.mode = options.mode
+        self.segment_size = options.segment_size
         self.manifest: Manifest = manifest.Manifest(0, 1, ())
         self.entries: dict[int, Entry] = {}
         self.segments: dict[int, tuple[mmap.mmap, int]] = {}  # what is mapped, with its salt
@@ -72,6 +88,7 @@ class Log:
         self.salt = 0  # of the active segment
         self.sealed_here: list[int] = []  # segments that this handle sealed: it writes their hints when it closes
         self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
+        self.beside: tuple[Identity | None, Identity | None] | None = None  # keydir and manifest as they were when an own one was built
         self.recover: Callable[..., None] = self._cannot_recover
         self._refreshing = threading.RLock()
         self._maps = files.maps_at_a_time()
@@ -118,10 +135,18 @@ class Log:
             raise error(f"{self.directory.name}: manifest and keydir do not agree; close and open the database again")
 
     def _bind(self) -> None:
-        if self.keydir.words[at.DAMAGED]:
+        if self.keydir.words[at.DAMAGED] or self.beside is not None:
             self.get = self.slow_get
         else:
             self.get = lookup.reader(self.keydir.table, self.epoch, self.segments, self.slow_get)
+
+    def look_beside(self) -> None:
+        """Of a reader with a keydir of its own: whether a writer has come since, which makes one that all share."""
+        if self.beside is not None and self.beside != self.seen_beside():
+            self.recover(damaged=False)
+
+    def seen_beside(self) -> tuple[Identity | None, Identity | None]:
+        return self.directory.identity_of(names.KEYDIR), self.directory.identity_of(names.MANIFEST)
 
     def _cannot_recover(self, *, damaged: bool) -> None:
         del damaged
@@ -139,6 +164,21 @@ class Log:
         """Let go of every file and map; whoever reads at this moment in another thread keeps what it holds."""
         self.segments = {}
         self.directory = self.lock = self.active = self.keydir = _Released()  # type: ignore[assignment]
+
+    def under_lock(self, action: Callable[..., Result], *args: object) -> Result:
+        """Run `action(log, ...)` under the writer lock, on whatever is there; `LockTimeout` if it is not to be had in time."""
+        if self.timeout is None:
+            return self.lock.run(action, self, *args)
+        return self.lock.run_within(self.timeout, self._holder, action, self, *args)
+
+    def _holder(self) -> str:
+        """Who has the lock, as far as the keydir tells."""
+        try:
+            file = self.directory.open(names.KEYDIR)
+        except OSError:
+            return "another process"
+        pid, since = (int.from_bytes(file.read(8, 8 * word), "little") for word in (at.HOLDER, at.HELD_SINCE))
+        return f"process {pid}, since {max(0, int(time()) - since)} s" if pid else "another process"
 
     # Reading records.
 
@@ -227,6 +267,7 @@ class Log:
 
     def find(self, key: bytes) -> int | None:
         """The location of a key, or None if it is not there. Right without the lock."""
+        self.look_beside()
         while True:
             words = self.keydir.words
             if words[at.EPOCH] != self.epoch:

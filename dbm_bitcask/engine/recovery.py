@@ -24,6 +24,7 @@ otherwise makes a new one from hints and records, beside the old one, which is l
 from __future__ import annotations
 
 import secrets
+from time import time
 from typing import TYPE_CHECKING
 
 from . import contents, files, names, record, rotation, segment, write
@@ -66,6 +67,7 @@ def ready(log: Log) -> None:
         elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
             _repair(log)
         else:
+            words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time())
             return
 
 
@@ -187,6 +189,7 @@ def take_keydir(log: Log) -> bool:
     if not (at.is_sound(words, identity, boot) and _fits_log(log, words, boot)):
         return False
     log.keydir = Keydir(file, words, write=log.write)
+    log.beside = None
     log.refresh()
     return True
 
@@ -215,6 +218,7 @@ def _fits_log(log: Log, words: at.Words, boot: int) -> bool:
 
 def open_private_keydir(log: Log) -> None:
     """Give the handle of a reader a keydir of its own, in a file outside the database."""
+    log.beside = log.seen_beside()
     log.adopt(read_manifest(log.directory))
     end = _end_of_active(log)
     _bind(log, _build(log, files.temporary_file(), end), end)

@@ -18,15 +18,16 @@ from . import header as at
 from .errors import CLOSED, CorruptionError, NotFoundError, error
 from .files import Directory
 from .header import PAGE_SIZE
-from .log import Gone, Log, read_manifest
+from .log import Gone, Log, Options, read_manifest
 from .manifest import MARKER, Entry, Manifest
 from .page import SLOTS, Damaged, key_hash, probe
 from .record import ALIGNMENT, EXPIRES, LIMIT, TOMBSTONE, record_length
+from .syncer import Syncer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Stats", "Store", "is_database"]
+__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database"]
 
 Result = TypeVar("Result")
 
@@ -73,9 +74,9 @@ def is_database(path: str) -> bool:
 class Store:
     """One open database."""
 
-    def __init__(self, log: Log, *, always: bool) -> None:
+    def __init__(self, log: Log, sync: float | None = None) -> None:
         self.log = log
-        self.always = always
+        self.syncer = Syncer(log, sync)
         self.closed = False
         self._wrote = False
         self._popped = 0  # every key is at or behind this location, as far as this handle has popped them
@@ -86,8 +87,8 @@ class Store:
     @classmethod
     def open_reader(cls, path: str) -> Store:
         """Open for reading only: no lock is taken and no byte is written."""
-        log = Log(_directory(path), write=False, mode=0, segment_size=MAXIMUM_SEGMENT)
-        store = cls(log, always=False)
+        log = Log(_directory(path))
+        store = cls(log)
         try:
             store._find_keydir()
         except NotFoundError:
@@ -96,19 +97,22 @@ class Store:
         return store
 
     @classmethod
-    def open_writer(cls, path: str, *, create: bool, mode: int, always: bool, segment_size: int) -> Store:
-        """Open for reading and writing; with `create`, make the database if there is none."""
-        directory = _directory(path, create=create, mode=mode)
-        store = cls(Log(directory, write=True, mode=mode, segment_size=segment_size), always=always)
+    def open_writer(cls, path: str, options: Options, sync: float | None, *, create: bool) -> Store:
+        """Open for reading and writing; with `create`, make the database if there is none.
+
+        `sync` is the number of seconds after which writes are durable: 0 for at once, None for not before they are asked to be.
+        """
+        directory = _directory(path, create=create, mode=options.mode)
+        store = cls(Log(directory, options, write=True), sync)
         store._under_lock(store._open, create)
         return store
 
     @classmethod
-    def open_new(cls, path: str, *, mode: int, always: bool, segment_size: int) -> Store:
+    def open_new(cls, path: str, options: Options, sync: float | None) -> Store:
         """Open an empty database in the place of one that is there, or of an empty file. The old contents stay until the commit."""
         files.remove_empty_file(path)
-        directory = _directory(path, create=True, mode=mode)
-        store = cls(Log(directory, write=True, mode=mode, segment_size=segment_size), always=always)
+        directory = _directory(path, create=True, mode=options.mode)
+        store = cls(Log(directory, options, write=True), sync)
         store._under_lock(store._replace)
         return store
 
@@ -201,13 +205,14 @@ class Store:
 
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on whatever is there."""
-        return self.log.lock.run(action, self.log, *args)
+        return self.log.under_lock(action, *args)
 
     # Reading.
 
     def __len__(self) -> int:
         """The number of keys. O(1)."""
         log = self.log
+        log.look_beside()
         while True:
             words = log.keydir.words
             if words[at.EPOCH] != log.epoch:
@@ -252,34 +257,38 @@ class Store:
 
     def set(self, key: bytes, value: bytes) -> None:
         """Set a key. O(1)."""
-        lock = self.log.lock
-        with lock.mutex:  # as `lock.run` does, which would cost a call more
-            if lock.busy:
-                lock.refuse_reentry()
-            try:
-                lock.busy = True
-                lock.acquire()
-                if not write.put_new(self.log, key, value):
-                    self._run(self.log, write.put, key, value)
-                self._wrote = True
-            finally:
-                lock.busy = False
-                lock.release()
-        if self.always:
-            self.sync()
+        log = self.log
+        lock = log.lock
+        if log.timeout is not None:
+            self.locked(write.put, key, value)
+        else:
+            with lock.mutex:  # as `lock.run` does, which would cost two calls more
+                if lock.busy:
+                    lock.refuse_reentry()
+                try:
+                    lock.busy = True
+                    lock.acquire()
+                    if not write.put_new(log, key, value):
+                        self._run(log, write.put, key, value)
+                    self._wrote = True
+                finally:
+                    lock.busy = False
+                    lock.release()
+        if self.syncer.interval is not None:
+            self.syncer.wrote()
 
     def delete(self, key: bytes) -> bool:
         """Delete a key; False if it is not there. O(1)."""
         found = self.locked(write.delete, key)
-        if self.always and found:
-            self.sync()
+        if found:
+            self.syncer.wrote()
         return found
 
     def pop(self, key: bytes) -> bytes | None:
         """Delete a key, and return its value; None if it is not there."""
         value = self.locked(_pop, key)
-        if self.always and value is not None:
-            self.sync()
+        if value is not None:
+            self.syncer.wrote()
         return value
 
     def popitem(self) -> tuple[bytes, bytes] | None:
@@ -298,8 +307,7 @@ class Store:
         value = self.log.get(key)
         if value is None:
             value = self.locked(_setdefault, key, default)
-            if self.always:
-                self.sync()
+            self.syncer.wrote()
         return value
 
     def clear(self) -> None:
@@ -317,22 +325,16 @@ class Store:
 
     def sync(self) -> None:
         """Make everything that has been written durable (fdatasync)."""
-        log = self.log
-        if log.keydir.words[at.EPOCH] != log.epoch:
-            log.refresh()
-        file, active = log.active, log.manifest.active.id
-        tail = log.keydir.counter(at.TAIL)
-        if recovery.is_poisoned(log):
-            recovery.ready(log)  # which says so
-        log.durable(file.sync_contents)
-        if tail >> 32 == active:  # else the rotation synced it
-            log.keydir.words[at.SYNCED_TO] = tail
+        if recovery.is_poisoned(self.log):
+            recovery.ready(self.log)  # which says so
+        self.syncer.sync()
 
     def close(self) -> None:
         """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing."""
         if self.closed:
             return
         self.closed = True
+        self.syncer.stop()
         try:
             if self._wrote:
                 self._settle()

@@ -44,6 +44,7 @@ def walk(log: Log, start: int = 0) -> Iterator[tuple[bytes, int]]:
 
     Where records are damaged, every key that can be read is yielded first; then `CorruptionError` tells of the others.
     """
+    log.look_beside()
     tail, segments = _hold(log, start)
     moved: set[bytes] = set()
     damage = log.keydir.words[at.DAMAGED]

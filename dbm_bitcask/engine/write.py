@@ -114,7 +114,9 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     ):
         return False
     flags = SYNCED if words[at.SYNCED_TO] == tail else 0
-    body = _BODY.pack(size, key_end, padding, flags, int(time())) + key + _ZEROS[padding] + value
+    now = int(time())
+    words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, now
+    body = _BODY.pack(size, key_end, padding, flags, now) + key + _ZEROS[padding] + value
     checksum = xxh3_64_intdigest(body, log.salt ^ offset)
     done = active.pwrite(_U64.pack(checksum) + body, offset)
     if done != size + 8:
