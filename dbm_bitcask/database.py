@@ -358,11 +358,11 @@ class Database(MutableMapping[bytes, bytes]):
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
 
-    def _guarded(self, keys: Iterator[bytes]) -> Iterator[bytes]:
+    def _guarded(self, items: Iterator[Default]) -> Iterator[Default]:
         """An iteration that stops being one when the database is closed."""
         try:
-            for key in keys:
-                yield key
+            for item in items:
+                yield item
                 if self._store.closed:
                     raise error(CLOSED)
         except OSError as failure:
@@ -373,11 +373,11 @@ class _Items(ItemsView[bytes, bytes]):
     _mapping: Database
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        return self._mapping._open_store().items()
+        return self._mapping._guarded(self._mapping._open_store().items())
 
 
 class _Values(ValuesView[bytes]):
     _mapping: Database
 
     def __iter__(self) -> Iterator[bytes]:
-        return (value for _, value in self._mapping._open_store().items())
+        return (value for _, value in self._mapping.items())

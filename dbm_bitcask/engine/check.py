@@ -13,7 +13,8 @@ from . import contents, names, recovery, segment
 from . import header as at
 from .errors import CorruptionError, NotFoundError
 from .files import Directory
-from .header import MASK32, PAGE_WORDS
+from .header import MASK32, PAGE_SIZE, PAGE_WORDS
+from .keydir import map_words
 from .log import Log, read_manifest
 from .page import (
     IN_USE,
@@ -76,6 +77,8 @@ def _check(log: Log) -> Iterator[Problem]:
         return
     yield from _check_names(log)
     keydir = _trusted_keydir(log)
+    if keydir is None:
+        yield from _check_seal(log)
     live: dict[bytes, tuple[int, int]] = {}
     tallies: dict[int, _Tally] = {}
     for entry in log.manifest.segments:
@@ -89,6 +92,20 @@ def _check_names(log: Log) -> Iterator[Problem]:
         number = names.parse_segment(name)
         if number is not None and number > log.manifest.next_id:
             yield Problem(log.directory.where(name), None, "its id is above the manifest's next one: it belongs to another database")
+
+
+def _check_seal(log: Log) -> Iterator[Problem]:
+    """Whether a keydir of this very place is untrusted only because its header does not verify."""
+    try:
+        file = log.directory.open(names.KEYDIR)
+    except FileNotFoundError:
+        return
+    if file.opened.size < PAGE_SIZE:
+        return
+    words = map_words(file, file.opened.size, write=False)
+    sealed = words[at.STATE] in (at.CLEAN, at.RESTING) and words[at.MANIFEST] == log.manifest.checksum
+    if sealed and words[at.INODE] == file.opened.inode and words[at.SEAL] != at.header_checksum(words):
+        yield Problem(log.directory.where(names.KEYDIR), 0, "the header does not verify; it will be rebuilt")
 
 
 def _trusted_keydir(log: Log) -> Keydir | None:
@@ -130,9 +147,13 @@ def _check_segment(
         _apply(entry.id, key, live, tallies)
     for damage in reading.damage:
         yield Problem(path, damage.offset, f"{damage.end - damage.offset} bytes are no record that verifies")
-    hinted = contents.read_keys(log.directory, entry) if entry.length else None
-    if hinted is not None and not reading.damage and list(hinted) != keys:
-        yield Problem(log.directory.where(names.hint_name(entry.id)), None, "the hint does not list the keys of its segment")
+    if entry.length and log.directory.identity_of(names.hint_name(entry.id)) is not None:
+        hinted = contents.read_keys(log.directory, entry)
+        path = log.directory.where(names.hint_name(entry.id))
+        if hinted is None:
+            yield Problem(path, None, "the hint does not verify; it is not used, and can be deleted")
+        elif not reading.damage and list(hinted) != keys:
+            yield Problem(path, None, "the hint does not list the keys of its segment; delete it")
 
 
 def _end_of_active(entry: Entry, keydir: Keydir | None, size: int) -> int:

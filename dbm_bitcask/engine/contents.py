@@ -99,17 +99,24 @@ def read_keys(directory: Directory, entry: Entry) -> Iterator[Hint] | None:
     return None if buffer is None else hint.decode(buffer)
 
 
-def write_hint(directory: Directory, entry: Entry, keys: Iterator[Hint], mode: int) -> None:
-    """Write the hint of a sealed segment. Needs no lock: the segment does not change, and the last of several writers wins."""
+def write_hint(directory: Directory, buffer: Buffer, entry: Entry, mode: int) -> None:
+    """Write the hint of a sealed segment, unless there is damage in it, which a hint would hide.
+
+    Needs no lock: the segment does not change, and the last of several writers wins.
+    """
+    reading = Reading(buffer, entry, entry.length)
     name = names.hint_name(entry.id)
     temporary = names.temporary_name(name)
     file = directory.create(temporary, mode)
     try:
-        _fill(file, HintWriter(entry), keys)
-        directory.replace(temporary, name)
+        _fill(file, HintWriter(entry), reading.keys())
+        if not reading.damage:
+            directory.replace(temporary, name)
+            return
     except BaseException:
         directory.remove(temporary)
         raise
+    directory.remove(temporary)
 
 
 def _fill(file: File, writer: HintWriter, keys: Iterator[Hint]) -> None:

@@ -207,8 +207,11 @@ class Directory(Descriptor):
 
     def disk_bytes(self) -> int:
         """The bytes that the files in this directory take on the disk."""
-        with os.scandir(self.fd) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+        total = 0
+        for name in self.list():
+            with contextlib.suppress(FileNotFoundError):  # merged away in between
+                total += os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_blocks * 512
+        return total
 
     def _irregular(self, name: str) -> error:
         return error(

@@ -45,6 +45,7 @@ MERGE_CURSOR, MERGED_AT, RECLAIMED = 27, 28, 29
 DAMAGED = 30  # a record with an unknown key was lost at or before this location (0: none)
 UNSEALED = 31  # pages without a checksum: at least so many
 SEAL = 32  # checksum of header and segment table (0: none)
+POISON = 33  # an fsync failed: every state that is entered becomes POISONED
 COUNTERS_A, COUNTERS_B = 64, 80
 
 # Words of one copy of the counters, from its CURRENT. TAIL and START are locations; TOMBSTONES are bytes in the active segment;
@@ -63,6 +64,13 @@ VERSION = 1 << 41
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
 Words = memoryview  # of unsigned 64-bit integers
+
+
+def enter(words: Words, state: int) -> None:
+    """Enter a state, unless a sync has failed: it sets POISON before it enters POISONED, so that neither store can hide the other."""
+    words[STATE] = state
+    if words[POISON]:
+        words[STATE] = POISONED
 
 
 def header_checksum(words: Words) -> int:

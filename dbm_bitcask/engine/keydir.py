@@ -91,6 +91,7 @@ class Keydir:
         entries = directory * PAGE_WORDS
         words[entries : entries + PAGE_WORDS] = array("Q", [first * PAGE_WORDS]) * PAGE_WORDS
         write_page(words, first, 0, empty_page())
+        words[first * PAGE_WORDS + PAGE_MAGIC] = IN_USE
         words[at.UNSEALED] = 1
         words[at.STATE], words[at.ROOT], words[at.MAGIC] = at.DIRTY, directory | _FIRST_DEPTH << 32, at.MAGIC_WORD
         self = cls(file, words, write=True)
@@ -200,13 +201,14 @@ class Keydir:
         for kid, image in zip(fresh, images, strict=True):
             write_page(words, kid, depth, image)
         words[at.SPLIT_LOW], words[at.SPLIT_HIGH], words[at.SPLIT_HASH] = fresh[0], fresh[-1], hashed
-        words[at.SPLIT_PAGES], words[at.SPLIT_FREE], words[at.SPLIT_OLD] = high_water, free, page
+        words[at.SPLIT_PAGES], words[at.SPLIT_FREE] = high_water, free
         words[at.STATE] = at.CHANGING
+        words[at.SPLIT_OLD] = page  # after the state: it must never be found in another change
         if not words[page * PAGE_WORDS + PAGE_CHECKSUM]:
             words[at.UNSEALED] -= 1
         self.touched.update(fresh)
         self._swing()
-        words[at.STATE] = at.DIRTY
+        at.enter(words, at.DIRTY)
 
     def finish_split(self) -> None:
         """Leave CHANGING, from any point at which somebody may have died in it. Idempotent."""
@@ -214,7 +216,7 @@ class Keydir:
         if self.words[at.SPLIT_OLD]:
             self._swing()
         self.words[at.EPOCH] += 1
-        self.words[at.STATE] = at.DIRTY
+        at.enter(self.words, at.DIRTY)
 
     def _swing(self) -> None:
         """Step 4, as the words at SPLIT say. Idempotent."""
@@ -224,6 +226,9 @@ class Keydir:
         spread = 64 - shift - depth
         first = words[at.SPLIT_HASH] >> 64 - depth << spread
         middle = first + (1 << spread) // 2
+        for kid in {words[at.SPLIT_LOW], words[at.SPLIT_HIGH]}:
+            words[kid * PAGE_WORDS + PAGE_CHECKSUM] = 0
+            words[kid * PAGE_WORDS + PAGE_MAGIC] = IN_USE
         for index in range(first, first + (1 << spread)):
             entry = directory[index]
             if entry & BASE == old * PAGE_WORDS:
@@ -271,7 +276,7 @@ class Keydir:
         words[at.PAGES] = page + run
         words[at.ROOT] = page | depth << 32
         words[at.EPOCH] += 1
-        words[at.STATE] = before
+        at.enter(words, before)
         self.refresh()
 
     def _reserve(self, pages: int) -> None:
@@ -285,7 +290,7 @@ class Keydir:
             before, words[at.STATE] = words[at.STATE], at.CHANGING
             words[at.CAPACITY] = larger
             words[at.EPOCH] += 1
-            words[at.STATE] = before
+            at.enter(words, before)
         if words[at.CAPACITY] * PAGE_WORDS > len(words):
             self.refresh()
 
@@ -333,7 +338,7 @@ class Keydir:
     def rest(self, state: int) -> None:
         """Seal the header in the state RESTING or CLEAN."""
         words = self.words
-        words[at.STATE] = state
+        at.enter(words, state)
         words[at.SEAL] = at.header_checksum(words)
 
     # Segment table: one row for each segment that exists. The caller holds the lock, except for reading.
@@ -376,5 +381,5 @@ class Keydir:
         words[at.PAGES] = page + run
         words[at.TABLE] = page | run << 32
         words[at.EPOCH] += 1
-        words[at.STATE] = before
+        at.enter(words, before)
         return fresh + (end - start)

@@ -13,8 +13,9 @@ import os
 import threading
 import weakref
 from contextlib import suppress
+from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from .errors import LockTimeout, error
 
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 
 _POLL = 0.002  # seconds between two looks: flock has no timeout of its own
 
-__all__ = ["WriterLock", "lock_of"]
+__all__ = ["WriterLock", "lock_of", "renew_after_fork"]
 
 
 class WriterLock:
@@ -36,14 +37,15 @@ class WriterLock:
     def __init__(self, directory: Directory, *, alone: bool) -> None:
         self.alone = alone
         self._set_up(directory)
+        renew_after_fork(self)
 
     def _set_up(self, directory: Directory) -> None:
         self.directory = directory
         self.mutex = threading.RLock()
         self.busy = False
-        self.acquire = directory.lock if not self.alone else _nothing
-        self.try_acquire = directory.try_lock if not self.alone else lambda: True
-        self.release = directory.unlock if not self.alone else _nothing
+        self.acquire: Callable[[], object] = directory.lock if not self.alone else _nothing
+        self.try_acquire: Callable[[], bool] = directory.try_lock if not self.alone else lambda: True
+        self.release: Callable[[], object] = directory.unlock if not self.alone else _nothing
         self.pid = os.getpid()
 
     def run_within(self, timeout: float, holder: Callable[[], str], action: Callable[..., Result], *args: object) -> Result:
@@ -94,11 +96,20 @@ class WriterLock:
 
     def renew_after_fork(self) -> None:
         """In a child: a lock of its own. The inherited descriptor shares the parent's lock and must not be unlocked."""
-        self._set_up(self.directory.again())
+        try:
+            self._set_up(self.directory.again())
+        except OSError as failure:
+            self._set_up(self.directory)
+            self.acquire = self.try_acquire = partial(_refuse, failure)
+            self.release = _nothing
 
 
 def _nothing() -> None:
     pass
+
+
+def _refuse(failure: OSError) -> NoReturn:
+    raise error(failure.errno, f"this process was forked, and cannot have a lock of its own: {failure.strerror}; open the database again")
 
 
 _locks: weakref.WeakValueDictionary[tuple[int, int, bool], WriterLock] = weakref.WeakValueDictionary()
@@ -116,11 +127,25 @@ def lock_of(directory: Directory, *, alone: bool = False) -> WriterLock:
         return lock
 
 
+class Renewed(Protocol):
+    """What holds a mutex, a thread or a lock, and so needs a new one in a child."""
+
+    def renew_after_fork(self) -> None: ...
+
+
+_renewed: weakref.WeakSet[Renewed] = weakref.WeakSet()
+
+
+def renew_after_fork(held: Renewed) -> None:
+    """Have `held.renew_after_fork()` called in every child."""
+    _renewed.add(held)
+
+
 def _after_fork() -> None:
     global _registry_mutex
     _registry_mutex = threading.Lock()
-    for lock in list(_locks.values()):
-        lock.renew_after_fork()
+    for held in list(_renewed):
+        held.renew_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

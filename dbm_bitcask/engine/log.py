@@ -13,7 +13,7 @@ from . import files, lookup, manifest, names, record, segment
 from . import header as at
 from .errors import CLOSED, CorruptionError, NotFoundError, error
 from .header import MASK32
-from .lock import lock_of
+from .lock import lock_of, renew_after_fork
 from .page import Damaged, key_hash, probe
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = ["Gone", "Log", "Options", "Peek", "read_manifest"]
 
 Result = TypeVar("Result")
 
+_LARGEST_MANIFEST = 2**28  # bytes: ten million segments
 _READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
 _REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
 _TRIES = 1000  # more than the commits that can come between reading the header and reading the manifest
@@ -53,6 +54,9 @@ class _Released:
     def __getattr__(self, name: str) -> NoReturn:
         raise error(CLOSED)
 
+    def __iter__(self) -> NoReturn:
+        raise error(CLOSED)
+
 
 class Options(NamedTuple):
     """How a writer goes about it; another may do otherwise at the same time."""
@@ -71,6 +75,7 @@ class Log:
 
     keydir: Keydir
     active: File
+    held: tuple[dict[int, Entry], Entry, File]  # the segments, and the active one with its file
     get: Callable[[bytes], bytes | None]
 
     def __init__(self, directory: Directory, options: Options = DEFAULT, *, write: bool = False) -> None:
@@ -90,8 +95,13 @@ class Log:
         self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
         self.beside: tuple[Identity | None, Identity | None] | None = None  # keydir and manifest as they were when an own one was built
         self.recover: Callable[..., None] = self._cannot_recover
-        self._refreshing = threading.RLock()
+        self.renew_after_fork()
+        renew_after_fork(self)
         self._maps = files.maps_at_a_time()
+
+    def renew_after_fork(self) -> None:
+        """Another thread of the parent may have been in `refresh`."""
+        self._refreshing = threading.RLock()
 
     # What exists.
 
@@ -103,24 +113,30 @@ class Log:
         entries = {entry.id: entry for entry in fresh.segments}
         active = segment.open_segment(self.directory, fresh.active, write=self.write)
         growing = before.active.id if before.segments else 0
-        kept = {number: held for number, held in self.segments.items() if number in entries and number != growing}
-        self.active, self.entries, self.segments, self.manifest = active, entries, kept, fresh
-        self.salt = fresh.active.salt
+        kept = {number: held for number, held in list(self.segments.items()) if number in entries and number != growing}
+        salt = fresh.active.salt
+        held = entries, fresh.active, active
+        # Nothing is called from here on: a signal must not find half of it done.
+        self.held, self.active, self.entries, self.segments, self.salt, self.manifest = held, active, entries, kept, salt, fresh
 
     def refresh(self) -> None:
         """Catch up with what other handles changed: the manifest, the size or the directory of the keydir, the keydir itself."""
+        while not self._catch_up():
+            self.recover(damaged=False)  # takes the lock, so that it must not be called under the mutex of `_catch_up`
+
+    def _catch_up(self) -> bool:
+        """The same, but for a keydir that was replaced: False if it was."""
         with self._refreshing:
             for _ in range(_TRIES):
                 words = self.keydir.words
                 epoch = words[at.EPOCH]
                 if words[at.STATE] == at.MOVED:
-                    self.recover(damaged=False)
-                    continue
+                    return False
                 expected = words[at.MANIFEST], words[at.NEXT_MANIFEST]
                 if self.manifest.checksum != expected[0]:
                     fresh = read_manifest(self.directory)
-                    if fresh.checksum not in expected:
-                        continue  # between two commits
+                    if fresh.checksum not in expected or fresh.number < self.manifest.number:
+                        continue  # between two commits, or another thread was faster
                     try:
                         self.adopt(fresh)
                     except FileNotFoundError:
@@ -131,7 +147,7 @@ class Log:
                 if words[at.EPOCH] == epoch:
                     self.epoch = epoch
                     self._bind()
-                    return
+                    return True
             raise error(f"{self.directory.name}: manifest and keydir do not agree; close and open the database again")
 
     def _bind(self) -> None:
@@ -163,7 +179,7 @@ class Log:
     def release(self) -> None:
         """Let go of every file and map; whoever reads at this moment in another thread keeps what it holds."""
         self.segments = {}
-        self.directory = self.lock = self.active = self.keydir = _Released()  # type: ignore[assignment]
+        self.directory = self.lock = self.active = self.keydir = self.held = _Released()  # type: ignore[assignment]
 
     def under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the writer lock, on whatever is there; `LockTimeout` if it is not to be had in time."""
@@ -185,18 +201,21 @@ class Log:
     def bytes_at(self, location: int) -> tuple[Buffer, int, int]:
         """(bytes, where the record begins in them, seed) for a location in a listed segment."""
         number, offset = location >> 32, location & MASK32
-        entry = self.entries[number]
+        entries, growing, active = self.held  # of one moment: another thread may be in `adopt`
+        entry = entries.get(number)
+        if entry is None:
+            raise Gone(self.directory.where(names.segment_name(number)))
         seed = entry.salt ^ offset
         held = self.segments.get(number)
         if held is not None and offset < len(held[0]):
             return held[0], offset, seed
-        if entry.length:
-            return self._map(entry, entry.length), offset, seed
+        if entry is not growing:
+            return self._map(entry, None, entry.length), offset, seed
         end = self.end_of(entry)
         mapped = len(held[0]) if held is not None else 0
         if end - mapped >= _REMAP and offset < end:
-            return self._map(entry, end), offset, seed
-        return self._read_active(offset), 0, seed
+            return self._map(entry, active, end), offset, seed
+        return _read_at(active, offset), 0, seed
 
     def end_of(self, entry: Entry) -> int:
         """Where the records of a segment end."""
@@ -207,27 +226,19 @@ class Log:
         tail = self.keydir.counter(at.TAIL)
         return tail & MASK32 if tail >> 32 == entry.id else self.active.size()
 
-    def _map(self, entry: Entry, end: int) -> mmap.mmap:
-        if entry.length:
+    def _map(self, entry: Entry, file: File | None, end: int) -> mmap.mmap:
+        if file is None:
             try:
                 file = segment.open_segment(self.directory, entry)
             except FileNotFoundError as gone:
                 raise Gone(self.directory.where(names.segment_name(entry.id))) from gone
-        else:
-            file = self.active
         buffer = segment.map_segment(file, end)
         with self._refreshing:
             while len(self.segments) >= self._maps:
                 del self.segments[next(iter(self.segments))]
-            self.segments[entry.id] = buffer, entry.salt
+            if self.entries.get(entry.id) is entry:
+                self.segments[entry.id] = buffer, entry.salt
         return buffer
-
-    def _read_active(self, offset: int) -> bytes:
-        data = self.active.read(_READ_AHEAD, offset)
-        head = record.decode_head(data, 0)
-        if head is not None and len(data) < head.length <= self.active.size() - offset:
-            data += self.active.read(head.length - len(data), offset + len(data))
-        return data
 
     def read(self, location: int) -> record.Record:
         """The verified record at a location; `CorruptionError` if it does not verify, `Gone` if its segment is not there."""
@@ -273,14 +284,20 @@ class Log:
             if words[at.EPOCH] != self.epoch:
                 self.refresh()
             epoch, table = self.epoch, self.keydir.table
+            words = table.words
             try:
                 found = probe(table, key_hash(key, table.seed)).found
                 location = self._match(key, [words[slot] for slot in found])
             except Damaged:
-                self.recover(damaged=True)
+                if words[at.EPOCH] == epoch:
+                    self.recover(damaged=True)
                 continue
             except Gone as gone:
                 self.require_change(epoch, gone)
+                continue
+            except CorruptionError:
+                if words[at.EPOCH] == epoch == self.epoch:
+                    raise
                 continue
             if words[at.EPOCH] == epoch == self.epoch:
                 self._require_undamaged(location or 0)
@@ -288,7 +305,7 @@ class Log:
 
     def _match(self, key: bytes, locations: list[int]) -> int | None:
         for location in locations:
-            if location and location >> 32 in self.entries:
+            if location and location >> 32 in self.held[0]:
                 if self.peek(location).key == key:
                     return location
                 self.read(location)  # another key with this hash, or damage
@@ -306,6 +323,15 @@ class Log:
         self.refresh()
 
 
+def _read_at(file: File, offset: int) -> bytes:
+    """The bytes of the record at an offset, and maybe of what follows it."""
+    data = file.read(_READ_AHEAD, offset)
+    head = record.decode_head(data, 0)
+    if head is not None and len(data) < head.length <= file.size() - offset:
+        data += file.read(head.length - len(data), offset + len(data))
+    return data
+
+
 def read_manifest(directory: Directory) -> Manifest:
     """The manifest of a directory; `NotFoundError` if it has none, `CorruptionError` if it does not verify."""
     path = directory.where(names.MANIFEST)
@@ -314,6 +340,6 @@ def read_manifest(directory: Directory) -> Manifest:
     except FileNotFoundError as missing:
         raise NotFoundError(missing.errno, "no database here", directory.name) from missing
     try:
-        return manifest.decode(file.read(file.opened.size, 0))
+        return manifest.decode(file.read(min(file.opened.size, _LARGEST_MANIFEST), 0))
     except manifest.BadManifest as bad:
         raise CorruptionError(path, None, f"{bad}; run `repair`") from bad

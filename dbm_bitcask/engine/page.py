@@ -38,7 +38,7 @@ _DEPTH_FLAG = 1 << 63  # keeps the word of the depth from ever being 0
 
 
 class Damaged(Exception):
-    """A page or a part of the directory does not verify: the keydir is to be rebuilt."""
+    """A page or a part of the directory does not verify: the keydir is to be rebuilt. Or, if the EPOCH moved, the map is too old."""
 
 
 def key_hash(key: bytes, seed: int) -> int:
@@ -72,7 +72,10 @@ def probe(table: Table, hashed: int) -> Probe:
         entry = directory[index]
         if not checked[index]:
             check_entry(table, index)
-        result = _probe_page(words, (entry & BASE) // PAGE_WORDS, hashed)
+        try:
+            result = _probe_page(words, (entry & BASE) // PAGE_WORDS, hashed)
+        except IndexError:
+            raise Damaged(f"directory entry {index} names a page that is not there") from None
         if directory[index] == entry:
             return result
 
@@ -138,8 +141,9 @@ def empty_page() -> list[int]:
 
 
 def write_page(words: Words, page: int, depth: int, image: list[int]) -> None:
-    """Write a fresh page that nobody is directed to yet."""
+    """Write a fresh page that nobody is directed to yet. It stays UNUSED, and linked in the free list, until it is taken from there."""
     image[PAGE_DEPTH] = depth | _DEPTH_FLAG
+    image[PAGE_MAGIC], image[PAGE_CHECKSUM] = UNUSED, words[page * PAGE_WORDS + PAGE_CHECKSUM]
     words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS] = array("Q", image)
 
 

@@ -60,7 +60,9 @@ def ready(log: Log) -> None:
     """Make log and keydir agree before something is written."""
     while True:
         words = log.keydir.words
-        if words[at.EPOCH] != log.epoch:
+        if words[at.STATE] == at.MOVED:
+            open_keydir(log)
+        elif words[at.EPOCH] != log.epoch:
             log.refresh()
         elif words[at.STATE] != at.DIRTY:
             _begin(log)
@@ -80,7 +82,7 @@ def is_unfinished(log: Log) -> bool:
 def _begin(log: Log) -> None:
     words = log.keydir.words
     state = words[at.STATE]
-    if state == at.POISONED:
+    if state == at.POISONED or words[at.POISON]:
         raise error(f"{log.directory.name}: an earlier sync failed, so that data may be lost; close and open the database again")
     if state == at.CHANGING:
         _finish_change(log)
@@ -88,13 +90,13 @@ def _begin(log: Log) -> None:
         boot, identity = files.boot_id(), log.keydir.file.identity()
         words[at.SEAL] = 0
         words[at.DEVICE], words[at.BOOT_LOW], words[at.BOOT_HIGH] = identity.device, boot & at.MASK64, boot >> 64
-        words[at.STATE] = at.DIRTYING
+        at.enter(words, at.DIRTYING)
     elif state == at.DIRTYING:
         log.keydir.file.sync()  # before the first change: a clean mark must not outlive it
-        words[at.STATE] = at.DIRTY
+        at.enter(words, at.DIRTY)
     elif state == at.RESTING:
         words[at.SEAL] = 0
-        words[at.STATE] = at.DIRTY
+        at.enter(words, at.DIRTY)
     else:
         raise error(f"{log.directory.name}: the keydir is in no state that this version knows; delete the file `keydir`")
 
@@ -121,7 +123,9 @@ def _repair(log: Log) -> None:
     words = log.keydir.words
     tail = log.keydir.counter(at.TAIL)
     size = log.active.size()
-    if size < tail & MASK32 or read_manifest(log.directory).checksum != words[at.MANIFEST]:
+    if size < tail & MASK32:
+        raise log.corrupt(tail, f"somebody has cut {(tail & MASK32) - size} bytes off this segment; restore it, or open the database again")
+    if read_manifest(log.directory).checksum != words[at.MANIFEST]:
         rebuild(log)
         return
     found = _record_at(log, tail & MASK32, size)
@@ -133,6 +137,16 @@ def _repair(log: Log) -> None:
         rotation.rotate(log, sealed=True)
     else:
         _publish(log, tail, found)
+
+
+def _publish_next(log: Log) -> bool:
+    """Publish the record behind the tail, if there is a whole one and it is no seal."""
+    tail = log.keydir.counter(at.TAIL)
+    found = _record_at(log, tail & MASK32, log.active.size())
+    if found is None or found.flags & SEAL:
+        return False
+    _publish(log, tail, found)
+    return True
 
 
 def _record_at(log: Log, offset: int, size: int) -> record.Record | None:
@@ -157,12 +171,15 @@ def _publish(log: Log, tail: int, found: record.Record) -> None:
     if found.flags & MARK:
         write.publish_mark(log, tail, length, checksum)
         return
+    keydir = log.keydir
+    hashed = key_hash(found.key, keydir.table.seed)
+    keydir.recount(probe(keydir.table, hashed).page)  # before they are counted on
     place = write.locate(log, found.key, room=not found.flags & TOMBSTONE)
     if prepared:
         write.settle(log, place, 0 if found.flags & TOMBSTONE else tail, other)
     else:
         write.publish(log, place, tail, length, checksum, flags=found.flags)
-    log.keydir.recount(probe(log.keydir.table, place.hashed).page)
+    keydir.recount(probe(keydir.table, hashed).page)
 
 
 # Opening.
@@ -221,7 +238,10 @@ def open_private_keydir(log: Log) -> None:
     log.beside = log.seen_beside()
     log.adopt(read_manifest(log.directory))
     end = _end_of_active(log)
-    _bind(log, _build(log, files.temporary_file(), end), end)
+    keydir = _build(log, files.temporary_file(), end)
+    _bind(log, keydir, end)
+    log.keydir = keydir
+    log.refresh()
 
 
 def rebuild(log: Log) -> None:
@@ -242,6 +262,8 @@ def rebuild(log: Log) -> None:
     except BaseException:
         log.directory.remove(temporary)
         raise
+    log.keydir = keydir
+    log.refresh()
 
 
 def _end_of_active(log: Log) -> int:
@@ -260,7 +282,7 @@ def leave_linked_segment(log: Log) -> None:
 
 def is_poisoned(log: Log) -> bool:
     """Whether a sync failed since the database was opened last."""
-    return bool(log.keydir.words[at.STATE] == at.POISONED)
+    return bool(log.keydir.words[at.POISON])
 
 
 def heal(log: Log) -> None:
@@ -272,8 +294,10 @@ def heal(log: Log) -> None:
        stays listed as it is: the damage is reported by whoever reads it.
     """
     words = log.keydir.words
-    words[at.STATE] = at.CHANGING  # the failed sync may have been that of a commit
-    ready(log)
+    _finish_change(log)  # the failed sync may have been that of a commit
+    words = log.keydir.words
+    while _publish_next(log):
+        pass
     doubtful = log.manifest.active
     synced, tail = words[at.SYNCED_TO], log.keydir.counter(at.TAIL)
     start = synced & MASK32 if synced >> 32 == doubtful.id else segment.FIRST_RECORD
@@ -307,13 +331,13 @@ def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:
 
 
 def _mark_moved(log: Log) -> None:
-    """Tell those who map the keydir of this name that another one takes its place; a linked or foreign one is left alone."""
+    """Tell those who map the keydir of this name that another one takes its place. A backup's link of it is not trusted anyway."""
     try:
         file = log.directory.open(names.KEYDIR, write=True)
     except OSError:
         return
     identity = file.opened
-    if identity.size < 4 * PAGE_SIZE or identity.links != 1:
+    if identity.size < 4 * PAGE_SIZE:
         return
     words = map_words(file, identity.size, write=True)
     if words[at.MAGIC] == at.MAGIC_WORD and words[at.INODE] == identity.inode:
@@ -322,7 +346,7 @@ def _mark_moved(log: Log) -> None:
 
 
 def _bind(log: Log, keydir: Keydir, end: int) -> None:
-    """Tie a keydir that was just built to the manifest and the tail, put its checksums on, and go over to it."""
+    """Tie a keydir that was just built to the manifest and the tail, and put its checksums on."""
     words = keydir.words
     active = log.manifest.active.id
     words[at.COUNTERS_A + at.TAIL] = active << 32 | end
@@ -330,8 +354,6 @@ def _bind(log: Log, keydir: Keydir, end: int) -> None:
     keydir.seal(len(keydir.touched))
     keydir.rest(at.RESTING)
     log.scanned_end = 0
-    log.keydir = keydir
-    log.refresh()
 
 
 class _Builder:
@@ -351,10 +373,10 @@ class _Builder:
         slot, old = place.free, 0
         for found in place.found:
             location = keydir.words[found]
-            before = self.log.peek(location)
-            if before.key == key.key:
+            length = write.length_if_same(self.log, location, key.key)
+            if length is not None:
                 slot, old = found, location
-                live[location >> 32] -= before.length
+                live[location >> 32] -= length
                 break
         if key.flags & TOMBSTONE:
             self.tombstones[number] = self.tombstones.get(number, 0) + key.size
@@ -412,4 +434,4 @@ def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, hi
     yield from reading.keys()
     damage.extend(reading.damage)
     if hints and entry.length and not reading.damage:
-        contents.write_hint(log.directory, entry, contents.Reading(reading.buffer, entry, end).keys(), log.mode)
+        contents.write_hint(log.directory, reading.buffer, entry, log.mode)

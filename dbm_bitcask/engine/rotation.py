@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 from . import header as at
 from . import manifest, names, record, segment
 from .header import MASK32
+from .log import read_manifest
 from .manifest import Entry, Manifest
+from .page import Damaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from .files import Directory
     from .log import Log
 
-__all__ = ["SEAL_LENGTH", "clear", "commit", "finish_commit", "leave", "publish_manifest", "relist", "rotate", "sweep"]
+__all__ = ["SEAL_LENGTH", "clear", "commit", "finish_commit", "leave", "publish_manifest", "relist", "rotate", "seal_behind", "sweep"]
 
 SEAL_LENGTH = record.record_length(record.SEAL, 0, 0)
 
@@ -41,7 +43,7 @@ def rotate(log: Log, *, sealed: bool = False) -> None:
     fresh = _new_segment(log)
     temporary, listed = _list_with(log, fresh, (*log.manifest.segments[:-1], log.manifest.active._replace(length=end)))
     if not sealed:
-        _append_seal(log)
+        seal_behind(log, _tail_offset(log))
     log.durable(log.active.sync_contents)
     commit(log, temporary, listed)
 
@@ -50,7 +52,7 @@ def clear(log: Log) -> None:
     """Start a new segment and list no other. O(1), but for unlinking the files."""
     fresh = _new_segment(log)
     temporary, listed = _list_with(log, fresh, ())
-    _append_seal(log)
+    seal_behind(log, _tail_offset(log))
     commit(log, temporary, listed)
     sweep(log.directory, log.manifest)
 
@@ -68,6 +70,8 @@ def leave(log: Log, *, sync: bool) -> None:
 
 def relist(log: Log, victim: int, replacement: tuple[Entry, ...] = ()) -> None:
     """Commit a manifest with another entry, or none, in the place of a sealed segment; unlink its files if there is none."""
+    if read_manifest(log.directory).checksum != log.manifest.checksum:
+        raise Damaged("the manifest is not the one that this keydir belongs to")
     kept = tuple(new for entry in log.manifest.segments for new in (replacement if entry.id == victim else (entry,)))
     temporary, listed = write_manifest(log.directory, log.manifest._replace(number=log.manifest.number + 1, segments=kept), log.mode)
     commit(log, temporary, listed)
@@ -81,7 +85,10 @@ def _tail_offset(log: Log) -> int:
 
 
 def _new_segment(log: Log) -> Entry:
+    if read_manifest(log.directory).checksum != log.manifest.checksum:
+        raise Damaged("the manifest is not the one that this keydir belongs to")
     fresh = Entry(log.manifest.next_id, secrets.randbits(64), 0)
+    log.keydir.add_row(fresh.id)  # before the commit: it may need space
     segment.create(log.directory, fresh, log.mode)
     return fresh
 
@@ -91,8 +98,8 @@ def _list_with(log: Log, fresh: Entry, before: tuple[Entry, ...]) -> tuple[str, 
     return write_manifest(log.directory, Manifest(log.manifest.number + 1, fresh.id + 1, (*before, fresh)), log.mode)
 
 
-def _append_seal(log: Log) -> None:
-    offset = _tail_offset(log)
+def seal_behind(log: Log, offset: int) -> None:
+    """Append a seal to the active segment, at an offset that is its end."""
     log.active.write(record.encode(record.SEAL, b"", b"", log.salt ^ offset, int(time())), offset)
 
 
@@ -118,7 +125,7 @@ def finish_commit(log: Log, listed: Manifest) -> None:
         words = keydir.words
     words[at.MANIFEST] = listed.checksum
     words[at.EPOCH] += 1
-    words[at.STATE] = at.DIRTY
+    at.enter(words, at.DIRTY)
     log.refresh()
 
 

@@ -43,8 +43,11 @@ class Found(NamedTuple):
 
 
 def create(directory: Directory, entry: Entry, mode: int) -> File:
-    """A new, durable segment without records. A file of this name is what a killed process left: it was never listed."""
+    """A new, durable segment without records. A file of this name is what a killed process left: it was never listed, and has none."""
     name = names.segment_name(entry.id)
+    present = directory.identity_of(name)
+    if present is not None and present.size > FIRST_RECORD:
+        raise CorruptionError(directory.where(name), None, "it holds records and is not listed: was the manifest restored? run `repair`")
     directory.remove(name)
     file = directory.create(name, mode)
     file.write(_encode_header(entry), 0)

@@ -131,12 +131,20 @@ class Store:
         if not recovery.take_keydir(log):
             recovery.rebuild(log)
         rotation.sweep(log.directory, log.manifest, present)
+        try:
+            self._make_whole(log)
+        except Damaged:
+            recovery.rebuild(log)
+            self._make_whole(log)
+
+    def _make_whole(self, log: Log) -> None:
+        """Finish what others died in: now and not at the first write, for nothing may appear after it was seen to be absent."""
         if recovery.is_poisoned(log):
             recovery.heal(log)
         elif log.active.opened.links > 1:
             recovery.leave_linked_segment(log)
         elif recovery.is_unfinished(log):
-            recovery.ready(log)  # now and not at the first write: nothing may appear after it was seen to be absent
+            recovery.ready(log)
             self._wrote = True
 
     def _replace(self, log: Log) -> None:
@@ -154,8 +162,10 @@ class Store:
                 recovery.ready(log)
                 rotation.clear(log)
                 return
-        except (CorruptionError, FileNotFoundError):
+        except (CorruptionError, FileNotFoundError, Damaged):
             pass  # what is not readable need not be read
+        if log.manifest.segments and log.active.identity().links == 1:
+            rotation.seal_behind(log, log.active.size())  # for whoever still writes there by a keydir that is gone
         above = [names.parse_segment(name) or names.parse_hint(name) or 0 for name in present]
         self._create(max(old.next_id, *above) + 1, old.number + 1)
 
@@ -199,9 +209,11 @@ class Store:
             self._wrote = True
             return action(log, *args)
         except Damaged:
-            recovery.rebuild(log)
+            _recover_keydir(log)
             recovery.ready(log)
             return action(log, *args)
+        except Gone as gone:
+            raise CorruptionError(str(gone), None, "the manifest lists this segment, and it is not there; restore it") from gone
 
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on whatever is there."""
@@ -365,8 +377,7 @@ class Store:
             entry = log.entries.get(number)
             if entry is not None and entry.length and contents.mapped_hint(log.directory, entry) is None:
                 buffer = segment.map_segment(segment.open_segment(log.directory, entry), entry.length)
-                reading = contents.Reading(buffer, entry, entry.length)
-                contents.write_hint(log.directory, entry, reading.keys(), log.mode)
+                contents.write_hint(log.directory, buffer, entry, log.mode)
         log.sealed_here.clear()
 
     # Information.
@@ -374,8 +385,18 @@ class Store:
     def stats(self) -> Stats:
         """The state of the database. O(segments + pages of the index)."""
         log = self.log
-        count = len(self)
-        words, rows = log.keydir.words, log.rows
+        while True:
+            count, epoch = len(self), log.epoch
+            try:
+                stats = self._stats(count)
+            except KeyError:  # a rotation in between
+                continue
+            if log.keydir.words[at.EPOCH] == epoch:
+                return stats
+
+    def _stats(self, count: int) -> Stats:
+        log = self.log
+        words, rows = log.keydir.words, log.keydir.rows()
         lengths = {entry.id: log.end_of(entry) for entry in log.manifest.segments}
         dead = sum(words[rows[number] + at.ROW_DEAD] for number in lengths)
         active = log.manifest.active.id
@@ -454,11 +475,16 @@ def _refuse_lost_manifest(directory: Directory, present: list[str]) -> None:
 def _refuse_other_lineage(log: Log, present: list[str]) -> None:
     for name in present:
         number = names.parse_segment(name)
-        if number is not None and number > log.manifest.next_id:
+        if number is not None and (number > log.manifest.next_id or (number == log.manifest.next_id and _has_records(log, name))):
             reason = (
                 f"segment {name} is newer than this manifest, which seems to be restored from elsewhere; nothing was changed; run `repair`"
             )
             raise CorruptionError(log.directory.where(names.MANIFEST), None, reason)
+
+
+def _has_records(log: Log, name: str) -> bool:
+    status = log.directory.identity_of(name)
+    return status is not None and status.size > segment.FIRST_RECORD
 
 
 def _recover_keydir(log: Log) -> None:
@@ -493,10 +519,10 @@ def _is_published(log: Log, tail: int) -> bool:
     """Whether the slot of the record at the tail has been stored already."""
     try:
         found = log.peek(tail)
-    except CorruptionError:
+        table = log.keydir.table
+        slots = [table.words[slot] for slot in probe(table, key_hash(found.key, table.seed)).found]
+    except (CorruptionError, Damaged, Gone):
         return False
-    table = log.keydir.table
-    slots = [table.words[slot] for slot in probe(table, key_hash(found.key, table.seed)).found]
     return not slots if found.flags & TOMBSTONE else tail in slots
 
 

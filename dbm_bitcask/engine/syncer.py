@@ -11,20 +11,17 @@ wrong order, and the price is one more sync.
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from . import header as at
+from .lock import renew_after_fork
 
 if TYPE_CHECKING:
     from .log import Log
 
 __all__ = ["Syncer"]
-
-_syncers: weakref.WeakSet[Syncer] = weakref.WeakSet()
 
 
 class Syncer:
@@ -34,10 +31,10 @@ class Syncer:
         self._log = log
         self.interval = interval
         self._stopped = threading.Event()
-        self._renew()
-        _syncers.add(self)
+        self.renew_after_fork()
+        renew_after_fork(self)
 
-    def _renew(self) -> None:
+    def renew_after_fork(self) -> None:
         """Also in a child: threads are not inherited, and a mutex as it was in the parent."""
         self._mutex = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -80,11 +77,3 @@ class Syncer:
     def stop(self) -> None:
         """End the thread."""
         self._stopped.set()
-
-
-def _after_fork() -> None:
-    for syncer in list(_syncers):
-        syncer._renew()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -23,7 +23,7 @@ from . import header as at
 from .header import BASE, MASK32
 from .log import Gone
 from .page import Damaged, key_hash, probe
-from .record import BATCH, EXTENDED, HEADER, TOMBSTONE
+from .record import BATCH, CHECKSUM_SIZE, EXTENDED, HEADER, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,10 +63,14 @@ def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
     while True:
         if log.keydir.words[at.EPOCH] != log.epoch:
             log.refresh()
-        epoch, entries = log.epoch, log.manifest.segments
+        epoch, (entries, growing, active) = log.epoch, log.held
         tail = log.keydir.counter(at.TAIL)
         try:
-            held = [_open(log, entry, tail) for entry in entries if start >> 32 <= entry.id <= tail >> 32]
+            held = [
+                _open_active(entry, active, tail) if entry is growing else _open(log, entry)
+                for entry in entries.values()
+                if start >> 32 <= entry.id <= tail >> 32
+            ]
         except Gone as gone:
             log.require_change(epoch, gone)
             continue
@@ -74,10 +78,11 @@ def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
             return tail, held
 
 
-def _open(log: Log, entry: Entry, tail: int) -> Held:
-    if entry == log.manifest.active:
-        end = tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD
-        return Held(entry, log.active, end, None)
+def _open_active(entry: Entry, file: File, tail: int) -> Held:
+    return Held(entry, file, tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD, None)
+
+
+def _open(log: Log, entry: Entry) -> Held:
     try:
         file = segment.open_segment(log.directory, entry)
     except FileNotFoundError as missing:
@@ -89,17 +94,14 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
     """The inner loop: one turn a record. Written out in one function for `keys()`; `python -m compat.peers` times it."""
     base = held.entry.id << 32
     xxh3 = xxh3_64_intdigest
-    table, epoch = log.keydir.table, log.epoch
-    words, directory, shift, seed, checked = table
+    epoch, (words, directory, shift, seed, checked) = log.epoch, log.keydir.table
     listed = held.entry.id in log.entries
     for offset, flags, key in held.keys(first):
         if flags & _SKIPPED:
-            held.verify(offset)
             continue
         if words[at.EPOCH] != epoch:
             log.refresh()
-            table, epoch = log.keydir.table, log.epoch
-            words, directory, shift, seed, checked = table
+            epoch, (words, directory, shift, seed, checked) = log.epoch, log.keydir.table
             listed = held.entry.id in log.entries
         location = base | offset
         hashed = xxh3(key, seed)
@@ -107,44 +109,52 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
         page = directory[index] & BASE
         place = hashed & 0x1FE
         if checked[index] and listed:
-            while (word := words[page + place]) and word != hashed:
-                place = (place + 2) & 0x1FE
-                if place == hashed & 0x1FE:
-                    break
-            if word == hashed and words[page + place + 1] == location:
-                yield key, location
-                continue
-        if _is_due(log, key, location, tail, moved, held):
-            yield key, location
+            try:
+                while (word := words[page + place]) and word != hashed:
+                    place = (place + 2) & 0x1FE
+                    if place == hashed & 0x1FE:
+                        break
+                if word == hashed and words[page + place + 1] == location:
+                    yield key, location
+                    continue
+            except IndexError:  # the keydir has grown since
+                pass
+        due = _due(log, key, location, tail, moved)
+        if due:
+            yield key, due
 
 
-def _is_due(log: Log, key: bytes, location: int, tail: int, moved: set[bytes], held: Held) -> bool:
-    """The whole of the rule, where the first slot of the hash is not the record's own."""
+def _due(log: Log, key: bytes, location: int, tail: int, moved: set[bytes]) -> int:
+    """The whole of the rule, where the first slot of the hash is not the record's own: the location to yield, or 0."""
     while True:
         slots = _slots(log, key)
         if location in slots:
-            return True
-        if not held.verify(location & MASK32) or key in moved:  # a damaged key has no slot, or that of another key
-            return False
+            return location
+        if key in moved:
+            return 0
         epoch = log.epoch
         try:
-            if any(slot >= tail and log.peek(slot).key == key for slot in slots):
-                moved.add(key)
-                return True
+            for slot in slots:
+                if slot >= tail and log.peek(slot).key == key:
+                    moved.add(key)
+                    return slot
         except Gone as gone:
             log.require_change(epoch, gone)
             continue
-        return False
+        return 0
 
 
 def _slots(log: Log, key: bytes) -> list[int]:
     """The locations in the slots of a key's hash."""
     while True:
-        table, epoch = log.keydir.table, log.epoch
+        epoch, table = log.epoch, log.keydir.table
         try:
             slots = [table.words[slot] for slot in probe(table, key_hash(key, table.seed)).found]
         except Damaged:
-            log.recover(damaged=True)
+            if table.words[at.EPOCH] == epoch:
+                log.recover(damaged=True)
+            else:
+                log.refresh()
             continue
         if table.words[at.EPOCH] == epoch == log.epoch:
             return [location for location in slots if location >> 32 in log.entries]
@@ -166,40 +176,29 @@ class Held:
         return segment.map_segment(self.file, self.end)
 
     def keys(self, first: int) -> Iterator[tuple[int, int, bytes]]:
-        """(offset, flags, key) of each record from `first` on; unverified if there is no hint: the slot vouches for the key."""
+        """(offset, flags, key) of each record from `first` on, from the hint or verified; what does not verify is noted as damage."""
         if self.hint is not None and first == segment.FIRST_RECORD:
-            yield from contents.hinted_keys(self.hint)
-            return
-        self.hint = None
-        unpack, size = HEADER.unpack_from, HEADER.size
-        data = memoryview(self.buffer)
-        offset, last = first, self.end - size
-        while offset <= last:
-            _, length, key_end, padding, flags, _ = unpack(data, offset)
+            return contents.hinted_keys(self.hint)
+        return self._raw_keys(first)
+
+    def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes]]:
+        unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
+        data, salt, end = memoryview(self.buffer), self.entry.salt, self.end
+        last = end - size
+        while offset < end:
+            checksum, length, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
+            body = offset + CHECKSUM_SIZE
+            after = body + length
+            # Every record, for the length of a damaged one may lead past a good one to another good one.
+            if after > end or length < size - CHECKSUM_SIZE or xxh3(data[body:after], salt ^ offset) != checksum:
+                self.damage.append(offset)
+                offset = segment.next_valid(self.buffer, salt, offset + record.ALIGNMENT, end) or end
+                continue
             start = offset + size
-            if flags & (EXTENDED | BATCH):
-                if flags & BATCH:  # its records follow the head of the frame, if it is one
-                    offset = start + padding if self.verify(offset) else self._resume(offset)
-                    continue
+            if flags & BATCH:
+                offset = start + padding  # the records of the batch follow
+                continue
+            if flags & EXTENDED:
                 start += 8
-            after = offset + 8 + length
-            if after > self.end or after < start:
-                break
-            seen = len(self.damage)
-            yield offset, flags, bytes(data[start : offset + 8 + key_end])
-            offset = after if len(self.damage) == seen else self._resume(offset)
-        if offset < self.end:
-            self.damage.append(offset)
-            offset = self._resume(offset)
-            if offset < self.end:
-                yield from self.keys(offset)
-
-    def _resume(self, offset: int) -> int:
-        return segment.next_valid(self.buffer, self.entry.salt, offset + record.ALIGNMENT, self.end) or self.end
-
-    def verify(self, offset: int) -> bool:
-        """Whether the record verifies; if not it is noted as damaged. What a hint says needs no proof."""
-        if self.hint is None and next(segment.scan(self.buffer, self.entry.salt, offset, self.end), None) is None:
-            self.damage.append(offset)
-            return False
-        return True
+            yield offset, flags, bytes(data[start : body + key_end])
+            offset = after

@@ -59,13 +59,13 @@ def locate(log: Log, key: bytes, *, room: bool) -> Place:
         if location >> 32 not in log.entries:
             free = slot  # of a segment that is gone: as good as empty, and of this very hash
             continue
-        length = _length_if_same(log, location, key)
+        length = length_if_same(log, location, key)
         if length is not None:
             return Place(hashed, slot, location, length)
     return Place(hashed, free, 0, 0)
 
 
-def _length_if_same(log: Log, location: int, key: bytes) -> int | None:
+def length_if_same(log: Log, location: int, key: bytes) -> int | None:
     """The length of the record if its key is this one. A damaged record counts as the same key: or it could never be replaced."""
     try:
         old = log.peek(location)
@@ -86,12 +86,14 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     words, directory, shift, seed, checked = log.keydir.table
     hashed = xxh3_64_intdigest(key, seed)
     index = hashed >> shift
+    if words[at.EPOCH] != log.epoch or words[at.STATE] != at.DIRTY or not checked[index]:
+        return False
     base = directory[index] & BASE
-    slot = base | hashed & SLOT_MASK
+    slot = first = base | hashed & SLOT_MASK
     while word := words[slot]:
-        if word == hashed:
-            return False
         slot = base | slot + 2 & SLOT_MASK
+        if word == hashed or slot == first:
+            return False
     counts = words[base + PAGE_COUNTS]
     current = words[at.CURRENT]
     tail = words[current]
@@ -102,16 +104,7 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     size += padding
     end = offset + 8 + size
     active = log.active
-    if (
-        words[at.EPOCH] != log.epoch
-        or words[at.STATE] != at.DIRTY
-        or active.size() != offset
-        or end > log.segment_size
-        or counts & 0xFFFF >= FULL
-        or words[base + PAGE_CHECKSUM]
-        or not checked[index]
-        or not hashed
-    ):
+    if active.size() != offset or end > log.segment_size or counts & 0xFFFF >= FULL or words[base + PAGE_CHECKSUM] or not hashed:
         return False
     flags = SYNCED if words[at.SYNCED_TO] == tail else 0
     now = int(time())
