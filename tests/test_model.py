@@ -27,6 +27,7 @@ class DatabaseBesideDict(RuleBasedStateMachine):
         self.path = Path(self.directory, "db")
         self.model = {}
         self.db = None
+        self.damaged_hints = set()  # a hint that was damaged and is not used stays, and `check` says so
 
     def open(self, flag, **options):
         return dbm_bitcask.open(self.path, flag, **{**self.options, **options})
@@ -208,6 +209,7 @@ class DatabaseBesideDict(RuleBasedStateMachine):
             if data:
                 data[at % len(data)] ^= 1 << bit
             hint.write_bytes(data)
+            self.damaged_hints.add(str(hint))
         if keydir:
             (self.path / "keydir").unlink(missing_ok=True)
         self.db = self.open("w")
@@ -264,13 +266,16 @@ class DatabaseBesideDict(RuleBasedStateMachine):
             assert len(self.db) == len(self.model)
             assert bool(self.db) == bool(self.model)
 
+    def problems(self):
+        return [problem for problem in check(self.path) if problem.file not in self.damaged_hints]
+
     def teardown(self):
         try:
             if self.db is not None:
                 self.reopen("w")
-                assert check(self.path) == []
+                assert self.problems() == []
                 self.db.close()
-                assert check(self.path) == []
+                assert self.problems() == []
         finally:
             shutil.rmtree(self.directory)
 

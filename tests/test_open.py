@@ -679,6 +679,10 @@ def test_r_changes_nothing_while_what_can_be_rebuilt_is_damaged(full, name, dama
     before = fingerprint(full)
     read_everything(full, ITEMS)
     assert fingerprint(full) == before
+    damaged = {str(file) for file in full.glob("*.hint")} if name == "*.hint" else set()
+    assert {problem.file for problem in check(full)} == damaged
+    for file in damaged:
+        Path(file).unlink()
 
 
 def test_r_changes_nothing_with_a_torn_tail(full):

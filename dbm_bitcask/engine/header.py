@@ -37,7 +37,6 @@ ROOT = 11  # directory: page | depth << 32
 PAGES, CAPACITY, FREE = 12, 13, 14  # pages handed out; pages the file has; first page of the free list (0: none)
 TABLE = 15  # segment table: page | pages << 32
 SPLIT_OLD, SPLIT_LOW, SPLIT_HIGH, SPLIT_PAGES, SPLIT_FREE, SPLIT_HASH = range(16, 22)
-SYNCED_TO = 22  # the log is durable up to this location
 CLEANED_AT = 23  # when the last clean mark was made, in seconds since 1970
 HOLDER, HELD_SINCE = 24, 25  # pid of the last holder of the writer lock, and since when
 UNSYNCED_SINCE = 26
@@ -45,7 +44,10 @@ MERGE_CURSOR, MERGED_AT, RECLAIMED = 27, 28, 29
 DAMAGED = 30  # a record with an unknown key was lost at or before this location (0: none)
 UNSEALED = 31  # pages without a checksum: at least so many
 SEAL = 32  # checksum of header and segment table (0: none)
+# Words that are stored without the lock, and so are not under the checksum.
 POISON = 33  # an fsync failed: every state that is entered becomes POISONED
+SYNCED_TO = 34  # the log is durable up to this location
+_REST = 40
 COUNTERS_A, COUNTERS_B = 64, 80
 
 # Words of one copy of the counters, from its CURRENT. TAIL and START are locations; TOMBSTONES are bytes in the active segment;
@@ -74,12 +76,12 @@ def enter(words: Words, state: int) -> None:
 
 
 def header_checksum(words: Words) -> int:
-    """The checksum of the header page without its SEAL, and of the segment table. Never 0."""
+    """The checksum of the header page, but for its SEAL and what is stored without the lock, and of the segment table. Never 0."""
     table = words[TABLE]
     start = (table & MASK32) * PAGE_WORDS
     rows = words[start : start + (table >> 32) * PAGE_WORDS]
     before = xxh3_64_intdigest(words[:SEAL])
-    return xxh3_64_intdigest(words[SEAL + 1 : PAGE_WORDS], xxh3_64_intdigest(rows, before)) or 1
+    return xxh3_64_intdigest(words[_REST:PAGE_WORDS], xxh3_64_intdigest(rows, before)) or 1
 
 
 def is_sound(words: Words, identity: Identity, boot: int) -> bool:

@@ -173,6 +173,7 @@ class Log:
         try:
             sync()
         except OSError:
+            self.keydir.words[at.POISON] = 1
             self.keydir.words[at.STATE] = at.POISONED
             raise
 
