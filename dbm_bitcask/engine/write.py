@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 from . import header as at
 from . import record, rotation
 from .errors import CorruptionError
-from .header import BASE, MASK32
+from .header import BASE, COUNT, CURRENT, DIRTY, EPOCH, HELD_SINCE, HOLDER, MASK32, START, STATE, SYNCED_TO, TOMBSTONES
 from .log import Gone
 from .page import FULL, PAGE_CHECKSUM, PAGE_COUNTS, SLOT_MASK, key_hash, probe
 from .record import SYNCED, TOMBSTONE
@@ -86,7 +86,7 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     words, directory, shift, seed, checked = log.keydir.table
     hashed = xxh3_64_intdigest(key, seed)
     index = hashed >> shift
-    if words[at.EPOCH] != log.epoch or words[at.STATE] != at.DIRTY or not checked[index]:
+    if words[EPOCH] != log.epoch or words[STATE] != DIRTY or not checked[index]:
         return False
     base = directory[index] & BASE
     slot = first = base | hashed & SLOT_MASK
@@ -95,7 +95,7 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
         if word == hashed or slot == first:
             return False
     counts = words[base + PAGE_COUNTS]
-    current = words[at.CURRENT]
+    current = words[CURRENT]
     tail = words[current]
     offset = tail & MASK32
     key_end = 16 + len(key)
@@ -106,21 +106,21 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     active = log.active
     if active.size() != offset or end > log.segment_size or counts & 0xFFFF >= FULL or words[base + PAGE_CHECKSUM] or not hashed:
         return False
-    flags = SYNCED if words[at.SYNCED_TO] == tail else 0
+    flags = SYNCED if words[SYNCED_TO] == tail else 0
     now = int(time())
-    words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, now
+    words[HOLDER], words[HELD_SINCE] = log.lock.pid, now
     body = _BODY.pack(size, key_end, padding, flags, now) + key + _ZEROS[padding] + value
     checksum = xxh3_64_intdigest(body, log.salt ^ offset)
     done = active.pwrite(_U64.pack(checksum) + body, offset)
     if done != size + 8:
         active.write((_U64.pack(checksum) + body)[done:], offset + done)
     other = current ^ _OTHER
-    _COUNTERS.pack_into(words, other * 8, tail + 8 + size, words[current + at.COUNT] + 1, words[current + at.TOMBSTONES], checksum, 0, 0)
-    words[other + at.START] = tail
+    _COUNTERS.pack_into(words, other * 8, tail + 8 + size, words[current + COUNT] + 1, words[current + TOMBSTONES], checksum, 0, 0)
+    words[other + START] = tail
     words[base + PAGE_COUNTS] = counts + 1
     words[slot] = hashed
     words[slot + 1] = tail
-    words[at.CURRENT] = other
+    words[CURRENT] = other
     return True
 
 
