@@ -97,7 +97,7 @@ class Log:
         self.recover: Callable[..., None] = self._cannot_recover
         self.renew_after_fork()
         renew_after_fork(self)
-        self._maps = files.maps_at_a_time()
+        self.maps = files.maps_at_a_time()
 
     def renew_after_fork(self) -> None:
         """Another thread of the parent may have been in `refresh`."""
@@ -235,7 +235,7 @@ class Log:
                 raise Gone(self.directory.where(names.segment_name(entry.id))) from gone
         buffer = segment.map_segment(file, end)
         with self._refreshing:
-            while len(self.segments) >= self._maps:
+            while len(self.segments) >= self.maps:
                 del self.segments[next(iter(self.segments))]
             if self.entries.get(entry.id) is entry:
                 self.segments[entry.id] = buffer, entry.salt

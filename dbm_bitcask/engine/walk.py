@@ -8,18 +8,20 @@ A walk covers the log up to the tail T at its start, and asks the keydir about e
     the slot is at T or beyond           overwritten, or moved by a merge, since: yield the key once, and remember that
 
 So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments stay open
-until they have been walked, so that a merge does not take them away. Memory: only keys that moved beyond T are remembered.
+until they have been walked, so that a merge does not take them away; of more segments than a fourth of the descriptors that the process
+may have, the last ones are opened when their turn comes, and it is an `error` if one is gone by then. Memory: only keys that moved beyond
+T are remembered.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
 from . import contents, record, segment
 from . import header as at
+from .errors import error
 from .header import BASE, MASK32
 from .log import Gone
 from .page import Damaged, key_hash, probe
@@ -67,10 +69,12 @@ def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
         tail = log.keydir.counter(at.TAIL)
         try:
             held = [
-                _open_active(entry, active, tail) if entry is growing else _open(log, entry)
+                _hold_active(entry, active, tail) if entry is growing else Held(log, entry, entry.length)
                 for entry in entries.values()
                 if start >> 32 <= entry.id <= tail >> 32
             ]
+            for segment_held in held[: log.maps]:
+                segment_held.open()
         except Gone as gone:
             log.require_change(epoch, gone)
             continue
@@ -78,16 +82,10 @@ def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
             return tail, held
 
 
-def _open_active(entry: Entry, file: File, tail: int) -> Held:
-    return Held(entry, file, tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD, None)
-
-
-def _open(log: Log, entry: Entry) -> Held:
-    try:
-        file = segment.open_segment(log.directory, entry)
-    except FileNotFoundError as missing:
-        raise Gone(str(missing.filename)) from missing
-    return Held(entry, file, entry.length, contents.mapped_hint(log.directory, entry))
+def _hold_active(entry: Entry, file: File, tail: int) -> Held:
+    held = Held(None, entry, tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD)
+    held.file = file
+    return held
 
 
 def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]) -> Iterator[tuple[bytes, int]]:
@@ -164,19 +162,33 @@ def _slots(log: Log, key: bytes) -> list[int]:
 class Held:
     """A segment that a walk keeps open, up to the end that it had when the walk began."""
 
-    def __init__(self, entry: Entry, file: File, end: int, hint: Buffer | None) -> None:
+    def __init__(self, log: Log | None, entry: Entry, end: int) -> None:
         self.entry = entry
         self.end = end
-        self.hint = hint
-        self.file = file
+        self.file: File | None = None
+        self.hint: Buffer | None = None
         self.damage: list[int] = []  # offsets
+        self._log = log
 
-    @cached_property
-    def buffer(self) -> Buffer:
-        return segment.map_segment(self.file, self.end)
+    def open(self) -> File:
+        """Open the segment, and its hint if it has one that can be used."""
+        if self.file is None:
+            assert self._log is not None
+            try:
+                self.file = segment.open_segment(self._log.directory, self.entry)
+            except FileNotFoundError as missing:
+                raise Gone(str(missing.filename)) from missing
+            self.hint = contents.mapped_hint(self._log.directory, self.entry)
+        return self.file
 
     def keys(self, first: int) -> Iterator[tuple[int, int, bytes]]:
         """(offset, flags, key) of each record from `first` on, from the hint or verified; what does not verify is noted as damage."""
+        try:
+            self.buffer: Buffer = segment.map_segment(self.open(), self.end)
+        except Gone as gone:
+            raise error(
+                f"{gone} was merged away before the iteration came to it; allow the process more open files, or start anew"
+            ) from gone
         if self.hint is not None and first == segment.FIRST_RECORD:
             return contents.hinted_keys(self.hint)
         return self._raw_keys(first)
