@@ -187,7 +187,7 @@ class Held:
             self.buffer: Buffer = segment.map_segment(self.open(), self.end)
         except Gone as gone:
             raise error(
-                f"{gone} was merged away before the iteration came to it; allow the process more open files, or start anew"
+                f"{gone} was merged away before the iteration came to it; allow more open files, or start anew"
             ) from gone
         if self.hint is not None and first == segment.FIRST_RECORD:
             return contents.hinted_keys(self.hint)
