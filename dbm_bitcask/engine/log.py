@@ -317,6 +317,32 @@ class Log:
         if damage and location <= damage:
             raise self.corrupt(damage, "a record was lost here whose key is not known, maybe a newer one of this key; run `repair`")
 
+    def published(self) -> tuple[int, int]:
+        """(number of keys, tail); an operation that died between its slot and the counters counts as its slot says."""
+        words = self.keydir.words
+        while True:
+            current = words[at.CURRENT]
+            other = current ^ at.COUNTERS_A ^ at.COUNTERS_B
+            tail, count = words[current + at.TAIL], words[current + at.COUNT]
+            if tail >> 32 not in self.entries:
+                return 0, tail  # a `clear` died behind its commit
+            if words[other + at.START] == tail and words[other + at.TAIL] >> 32 == tail >> 32:
+                prepared = words[other + at.COUNT], words[other + at.TAIL]
+                if self._is_published(tail):
+                    count, tail = prepared
+            if words[at.CURRENT] == current:
+                return count, tail
+
+    def _is_published(self, tail: int) -> bool:
+        """Whether the slot of the record at the tail has been stored already."""
+        try:
+            found = self.peek(tail)
+            table = self.keydir.table
+            slots = [table.words[slot] for slot in probe(table, key_hash(found.key, table.seed)).found]
+        except (CorruptionError, Damaged, Gone):
+            return False
+        return not slots if found.flags & record.TOMBSTONE else tail in slots
+
     def require_change(self, epoch: int, gone: Gone) -> None:
         """A listed segment is missing: somebody has just merged it away, or it is lost."""
         if self.keydir.words[at.EPOCH] == epoch:

@@ -20,7 +20,7 @@ from .files import Directory
 from .header import PAGE_SIZE
 from .log import Gone, Log, Options, read_manifest
 from .manifest import MARKER, Entry, Manifest
-from .page import SLOTS, Damaged, key_hash, probe
+from .page import SLOTS, Damaged
 from .record import ALIGNMENT, EXPIRES, LIMIT, TOMBSTONE, record_length
 from .syncer import Syncer
 
@@ -230,7 +230,7 @@ class Store:
             if words[at.EPOCH] != log.epoch:
                 log.refresh()
                 continue
-            count = _count(log)
+            count, _ = log.published()
             if words[at.EPOCH] == log.epoch:
                 return count
 
@@ -493,37 +493,6 @@ def _recover_keydir(log: Log) -> None:
         recovery.open_keydir(log)
     else:
         recovery.rebuild(log)
-
-
-# Reading.
-
-
-def _count(log: Log) -> int:
-    """The number of keys; an operation that died between its slot and the counters counts as its slot says."""
-    words = log.keydir.words
-    while True:
-        current = words[at.CURRENT]
-        other = current ^ at.COUNTERS_A ^ at.COUNTERS_B
-        tail, count = words[current + at.TAIL], words[current + at.COUNT]
-        if tail >> 32 not in log.entries:
-            return 0  # a `clear` died behind its commit
-        if words[other + at.START] == tail and words[other + at.TAIL] >> 32 == tail >> 32:
-            prepared = words[other + at.COUNT]
-            if prepared != count and _is_published(log, tail):
-                count = prepared
-        if words[at.CURRENT] == current:
-            return int(count)
-
-
-def _is_published(log: Log, tail: int) -> bool:
-    """Whether the slot of the record at the tail has been stored already."""
-    try:
-        found = log.peek(tail)
-        table = log.keydir.table
-        slots = [table.words[slot] for slot in probe(table, key_hash(found.key, table.seed)).found]
-    except (CorruptionError, Damaged, Gone):
-        return False
-    return not slots if found.flags & TOMBSTONE else tail in slots
 
 
 # Actions under the lock.

@@ -66,7 +66,7 @@ def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
         if log.keydir.words[at.EPOCH] != log.epoch:
             log.refresh()
         epoch, (entries, growing, active) = log.epoch, log.held
-        tail = log.keydir.counter(at.TAIL)
+        _, tail = log.published()
         try:
             held = [
                 _hold_active(entry, active, tail) if entry is growing else Held(log, entry, entry.length)
@@ -186,9 +186,7 @@ class Held:
         try:
             self.buffer: Buffer = segment.map_segment(self.open(), self.end)
         except Gone as gone:
-            raise error(
-                f"{gone} was merged away before the iteration came to it; allow more open files, or start anew"
-            ) from gone
+            raise error(f"{gone} was merged away before the iteration came to it; allow more open files, or start anew") from gone
         if self.hint is not None and first == segment.FIRST_RECORD:
             return contents.hinted_keys(self.hint)
         return self._raw_keys(first)
