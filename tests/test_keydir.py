@@ -8,10 +8,10 @@ from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
-from crashes import Died, Machine
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from crashes import Machine
 from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine import keydir as module
 from dbm_bitcask.engine.errors import error
@@ -808,8 +808,13 @@ def test_growing_the_table_can_die_anywhere(tmp_path, machine, killed):
 
 def test_machine_really_dies(machine):
     keydir = fresh()
-    with pytest.raises(Died):
-        machine._running, machine._dies_at = True, 1
-        keydir.words[at.FREE] = 1
-    machine._running = False
-    assert keydir.words[at.FREE] == 0
+    slot = probe(keydir.table, 1).free
+    assert machine.run(lambda: keydir.store(slot, 1, 1), 1)
+    assert keydir.words[slot] == 0
+    assert not machine.run(lambda: keydir.store(slot, 1, 1))
+    steps = machine.steps
+    assert keydir.words[slot] == 1
+    assert not machine.run(lambda: keydir.store(slot, 1, 2), steps + 1, killed=True)
+    assert keydir.words[slot] == 2
+    assert machine.run(lambda: keydir.store(slot, 1, 3), machine.steps, killed=True)
+    assert keydir.words[slot] == 2

@@ -338,8 +338,8 @@ class Keydir:
     def rest(self, state: int) -> None:
         """Seal the header in the state RESTING or CLEAN."""
         words = self.words
-        at.enter(words, state)
         words[at.SEAL] = at.header_checksum(words)
+        at.enter(words, state)
 
     # Segment table: one row for each segment that exists. The caller holds the lock, except for reading.
 

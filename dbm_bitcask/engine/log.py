@@ -133,7 +133,7 @@ class Log:
                 if words[at.STATE] == at.MOVED:
                     return False
                 expected = words[at.MANIFEST], words[at.NEXT_MANIFEST]
-                if self.manifest.checksum != expected[0]:
+                if self.manifest.checksum != expected[0] or expected[0] != expected[1]:
                     fresh = read_manifest(self.directory)
                     if fresh.checksum not in expected or fresh.number < self.manifest.number:
                         continue  # between two commits, or another thread was faster
@@ -345,6 +345,10 @@ class Log:
 
     def require_change(self, epoch: int, gone: Gone) -> None:
         """A listed segment is missing: somebody has just merged it away, or it is lost."""
+        named = self.directory.identity_of(names.KEYDIR)
+        if named is None or named[:2] != self.keydir.file.opened[:2]:
+            self.recover(damaged=False)  # the keydir was deleted, and others go by another one
+            return
         if self.keydir.words[at.EPOCH] == epoch:
             raise CorruptionError(str(gone), None, "the manifest lists this segment, and it is not there; restore it or run `repair`")
         self.refresh()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MergeResult", "merge"]
 
 _SLICE = 256  # records that are looked at under one hold of the lock
+_MANY_TOMBSTONES = 4  # one over the part of the log from which on they are many
 _WORTH = 64  # a victim gives back at least the 64th part of itself, or is small enough to be joined with another
 
 
@@ -69,7 +70,7 @@ def _total(log: Log) -> int:
 def _seal_if_worth(log: Log) -> int:
     row = log.rows[log.manifest.active.id]
     words = log.keydir.words
-    dead = words[row + at.ROW_DEAD] + log.keydir.counter(at.TOMBSTONES)
+    dead = words[row + at.ROW_DEAD] + (log.keydir.counter(at.TOMBSTONES) if _can_tombstones_go(log) else 0)
     length = log.keydir.counter(at.TAIL) & MASK32
     if dead * _WORTH >= length:
         rotation.rotate(log)
@@ -77,16 +78,34 @@ def _seal_if_worth(log: Log) -> int:
 
 
 def _victims(log: Log) -> list[Entry]:
-    """Sealed segments that give something back, and small ones if there are several to be joined."""
-    words, sealed = log.keydir.words, log.manifest.segments[:-1]
+    """Sealed segments that give something back, oldest first, and small ones if there are several to be joined.
+
+    A tombstone gives something back only if all older segments go, too; if tombstones are a large part of the log, all do.
+    """
+    words, rows, sealed = log.keydir.words, log.rows, log.manifest.segments[:-1]
+    if _are_tombstones_many(log) and any(words[rows[entry.id] + at.ROW_TOMBSTONES] for entry in sealed):
+        return list(sealed)
     small = [entry for entry in sealed if entry.length < log.segment_size // 2]
+    victims: list[Entry] = []
+    for number, entry in enumerate(sealed):
+        gone = words[rows[entry.id] + at.ROW_DEAD] - rotation.SEAL_LENGTH
+        if number == len(victims):
+            gone += words[rows[entry.id] + at.ROW_TOMBSTONES]
+        if gone * _WORTH >= entry.length or (entry in small and len(small) > 1):
+            victims.append(entry)
+    return victims
 
-    def is_worth(entry: Entry) -> bool:
-        row = log.rows[entry.id]
-        gone = words[row + at.ROW_DEAD] + words[row + at.ROW_TOMBSTONES] - rotation.SEAL_LENGTH
-        return bool(gone * _WORTH >= entry.length) or (entry in small and len(small) > 1)
 
-    return [entry for entry in sealed if is_worth(entry)]
+def _can_tombstones_go(log: Log) -> bool:
+    """Whether the merge will drop those of the active segment: all older segments go."""
+    return _are_tombstones_many(log) or len(_victims(log)) == len(log.manifest.segments) - 1
+
+
+def _are_tombstones_many(log: Log) -> bool:
+    """Whether it is worth rewriting what they are about."""
+    words, rows = log.keydir.words, log.rows
+    tombstones = sum(words[rows[entry.id] + at.ROW_TOMBSTONES] for entry in log.manifest.segments[:-1])
+    return bool((tombstones + log.keydir.counter(at.TOMBSTONES)) * _MANY_TOMBSTONES > _total(log))
 
 
 def _copy_slice(log: Log, victim: Entry, offset: int) -> int:

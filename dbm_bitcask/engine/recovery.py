@@ -88,14 +88,12 @@ def _begin(log: Log) -> None:
         _finish_change(log)
     elif state == at.CLEAN:
         boot, identity = files.boot_id(), log.keydir.file.identity()
-        words[at.SEAL] = 0
         words[at.DEVICE], words[at.BOOT_LOW], words[at.BOOT_HIGH] = identity.device, boot & at.MASK64, boot >> 64
         at.enter(words, at.DIRTYING)
     elif state == at.DIRTYING:
         log.keydir.file.sync()  # before the first change: a clean mark must not outlive it
         at.enter(words, at.DIRTY)
     elif state == at.RESTING:
-        words[at.SEAL] = 0
         at.enter(words, at.DIRTY)
     else:
         raise error(f"{log.directory.name}: the keydir is in no state that this version knows; delete the file `keydir`")
@@ -203,7 +201,7 @@ def take_keydir(log: Log) -> bool:
         return False
     words = map_words(file, identity.size, write=log.write)
     boot = files.boot_id()
-    if not (at.is_sound(words, identity, boot) and _fits_log(log, words, boot)):
+    if not (at.is_sound(words, identity, boot) and _fits_log(log, words)):
         return False
     log.keydir = Keydir(file, words, write=log.write)
     log.beside = None
@@ -211,7 +209,7 @@ def take_keydir(log: Log) -> bool:
     return True
 
 
-def _fits_log(log: Log, words: at.Words, boot: int) -> bool:
+def _fits_log(log: Log, words: at.Words) -> bool:
     listed = log.manifest.checksum
     if words[at.MANIFEST] != listed and not (words[at.STATE] == at.CHANGING and words[at.NEXT_MANIFEST] == listed):
         return False
@@ -225,9 +223,8 @@ def _fits_log(log: Log, words: at.Words, boot: int) -> bool:
         return bool(words[at.STATE] == at.CHANGING)
     file = log.active if entry == log.manifest.active else segment.open_segment(log.directory, entry)
     size, offset = file.size(), tail & MASK32
-    rebooted = boot != words[at.BOOT_LOW] | words[at.BOOT_HIGH] << 64
-    if size < offset or (rebooted and size != offset):
-        return False
+    if size < offset or (size != offset and words[at.STATE] in (at.CLEAN, at.RESTING)):
+        return False  # nobody was writing, and yet the log went on: this keydir is older
     if start >> 32 != entry.id:
         return True
     return file.read(record.CHECKSUM_SIZE, start & MASK32) == checksum.to_bytes(record.CHECKSUM_SIZE, "little")

@@ -119,6 +119,7 @@ def finish_commit(log: Log, listed: Manifest) -> None:
     keydir = log.keydir
     keydir.listed = log.entries
     words = keydir.words
+    words[at.EPOCH] += 1  # before the tail moves, too: nobody may have the new tail with the old list
     tail = words[words[at.CURRENT] + at.TAIL]
     if tail >> 32 != listed.active.id:
         _enter(log, tail, listed.active.id << 32 | segment.FIRST_RECORD)

@@ -127,7 +127,7 @@ class Store:
             self._create(1, 1)
             return
         log.adopt(read_manifest(log.directory))
-        _refuse_other_lineage(log, present)
+        _refuse_other_lineage(log.directory, log.manifest, present)
         if not recovery.take_keydir(log):
             recovery.rebuild(log)
         rotation.sweep(log.directory, log.manifest, present)
@@ -155,9 +155,9 @@ class Store:
             self._create(1, 1)
             return
         old = read_manifest(log.directory)
+        _refuse_other_lineage(log.directory, old, present)
         try:
             log.adopt(old)
-            _refuse_other_lineage(log, present)
             if recovery.take_keydir(log):
                 recovery.ready(log)
                 rotation.clear(log)
@@ -472,18 +472,16 @@ def _refuse_lost_manifest(directory: Directory, present: list[str]) -> None:
                 )
 
 
-def _refuse_other_lineage(log: Log, present: list[str]) -> None:
+def _refuse_other_lineage(directory: Directory, listed: Manifest, present: list[str]) -> None:
     for name in present:
-        number = names.parse_segment(name)
-        if number is not None and (number > log.manifest.next_id or (number == log.manifest.next_id and _has_records(log, name))):
-            reason = (
-                f"segment {name} is newer than this manifest, which seems to be restored from elsewhere; nothing was changed; run `repair`"
-            )
-            raise CorruptionError(log.directory.where(names.MANIFEST), None, reason)
+        number = names.parse_segment(name) or 0
+        if number > listed.next_id or (number == listed.next_id and _has_records(directory, name)):
+            reason = f"segment {name} is newer than this manifest, which seems to be restored; nothing was changed; run `repair`"
+            raise CorruptionError(directory.where(names.MANIFEST), None, reason)
 
 
-def _has_records(log: Log, name: str) -> bool:
-    status = log.directory.identity_of(name)
+def _has_records(directory: Directory, name: str) -> bool:
+    status = directory.identity_of(name)
     return status is not None and status.size > segment.FIRST_RECORD
 
 
@@ -539,6 +537,7 @@ def _rest(log: Log, clean: bool) -> None:
 def _mark_clean(log: Log, tail: int) -> None:
     words = log.keydir.words
     if words[at.STATE] == at.RESTING and words[words[at.CURRENT] + at.TAIL] == tail and not words[at.UNSEALED]:
+        at.enter(words, at.DIRTY)
         words[at.CLEANED_AT] = int(time())
         log.keydir.rest(at.CLEAN)
 
