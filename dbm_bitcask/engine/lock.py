@@ -15,7 +15,7 @@ import weakref
 from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .errors import LockTimeout, error
 
@@ -40,13 +40,16 @@ class WriterLock:
         renew_after_fork(self)
 
     def _set_up(self, directory: Directory) -> None:
-        self.directory = directory
         self.mutex = threading.RLock()
         self.busy = False
-        self.acquire: Callable[[], object] = directory.lock if not self.alone else _nothing
-        self.try_acquire: Callable[[], bool] = directory.try_lock if not self.alone else lambda: True
-        self.release: Callable[[], object] = directory.unlock if not self.alone else _nothing
         self.pid = os.getpid()
+        self._bind(directory)
+
+    def _bind(self, directory: Directory) -> None:
+        self.directory = directory
+        self.acquire: Callable[[], object] = directory.lock if not self.alone else _nothing
+        self.try_acquire: Callable[[], object] = directory.try_lock if not self.alone else lambda: True
+        self.release: Callable[[], object] = directory.unlock if not self.alone else _nothing
 
     def run_within(self, timeout: float, holder: Callable[[], str], action: Callable[..., Result], *args: object) -> Result:
         """The same as `run`, but `LockTimeout` if the lock is not free within `timeout` seconds; `holder()` tells who has it."""
@@ -96,20 +99,24 @@ class WriterLock:
 
     def renew_after_fork(self) -> None:
         """In a child: a lock of its own. The inherited descriptor shares the parent's lock and must not be unlocked."""
+        self._set_up(self.directory)
+        self.release = _nothing
+        self.acquire = partial(self._acquire_anew, "acquire")
+        self.try_acquire = partial(self._acquire_anew, "try_acquire")
+
+    def _acquire_anew(self, how: str) -> object:
+        """The first time in a child: there may be no descriptor to be had in a fork, and one later."""
         try:
-            self._set_up(self.directory.again())
+            directory = self.directory.again()
         except OSError as failure:
-            self._set_up(self.directory)
-            self.acquire = self.try_acquire = partial(_refuse, failure)
-            self.release = _nothing
+            reason = f"this process was forked, and cannot open a lock of its own: {failure.strerror}"
+            raise error(failure.errno, reason, self.directory.name) from failure
+        self._bind(directory)
+        return getattr(self, how)()
 
 
 def _nothing() -> None:
     pass
-
-
-def _refuse(failure: OSError) -> NoReturn:
-    raise error(failure.errno, f"this process was forked, and cannot have a lock of its own: {failure.strerror}; open the database again")
 
 
 _locks: weakref.WeakValueDictionary[tuple[int, int, bool], WriterLock] = weakref.WeakValueDictionary()
