@@ -192,7 +192,7 @@ def test_child_that_can_open_no_lock_of_its_own_refuses_to_write_until_it_can(pa
             free_again[0]()
         assert db[b"child"] == b"1"
         db[b"parent"] = b"1"
-        assert dict(db) == {b"key": b"1", b"parent": b"1"}
+        assert dict(db) == {b"key": b"1", b"child": b"1", b"parent": b"1"}
 
 
 def test_child_of_a_fork_within_a_refresh_of_another_thread_reads(path, monkeypatch):
