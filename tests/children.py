@@ -42,6 +42,12 @@ def _work_and_die(work: Callable[[], object]) -> NoReturn:
         os._exit(code)
 
 
+def put_and_close(db: dbm_bitcask.Database, key: bytes) -> None:
+    """The work of a process that was handed a pickled handle. It stands here because such a process has to import it."""
+    db[key] = key
+    db.close()
+
+
 def run_python(script: str, *arguments: object) -> str:
     """Run a script in a new interpreter that imports the same package; its output."""
     package = Path(dbm_bitcask.__file__).parent.parent

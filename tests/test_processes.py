@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import dbm_bitcask
-from children import fork, fork_and_wait
+from children import fork, fork_and_wait, put_and_close
 from dbm_bitcask.engine import header as at
 
 
@@ -83,16 +83,11 @@ def test_pickled_reader_stays_a_reader(path):
         other[b"key"] = b"value"
 
 
-def put_name(db, name):
-    db[name] = name
-    db.close()
-
-
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_handle_is_handed_to_processes_of_each_kind(path, method):
     context = multiprocessing.get_context(method)
     with dbm_bitcask.open(path) as db:
-        processes = [context.Process(target=put_name, args=(db, b"%d" % number)) for number in range(3)]
+        processes = [context.Process(target=put_and_close, args=(db, b"%d" % number)) for number in range(3)]
         for process in processes:
             process.start()
         for process in processes:
