@@ -336,6 +336,21 @@ def test_torn_tail_of_a_linked_segment_is_not_cut(path, tmp_path):
     assert everything(path, "w") == ITEMS
 
 
+def test_torn_tail_of_a_segment_that_a_backup_links_is_not_cut_by_a_handle_that_is_open(path, tmp_path):
+    """Finding 6: the backup came after the database had been opened, and has no keydir."""
+    with dbm_bitcask.open(path, "c") as db:
+        db.update(ITEMS)
+        first = active(path)
+        os.link(first, tmp_path / "backup")
+        with first.open("ab") as file:
+            file.write(b"torn")
+        torn = first.read_bytes()
+        db[b"new"] = b"value"
+        assert (tmp_path / "backup").read_bytes() == torn
+        assert dict(db) == {**ITEMS, b"new": b"value"}
+    assert everything(path, "w") == {**ITEMS, b"new": b"value"}
+
+
 def test_bit_rot_in_the_synced_part_of_the_active_segment_is_not_cut_as_a_torn_tail(path):
     """Finding 7: everything behind it was truncated, although it had been synced."""
     with dbm_bitcask.open(path, "c") as db:

@@ -2,12 +2,15 @@
 
 The engine knows files and records. It knows nothing of dbm, str or pickle; it never unpickles, evaluates or imports what it reads.
 
-    store                                   the operations, each under the lock or lock-free
-    walk, merge, check                      procedures over the whole log
-    log, write, rotation, recovery          the log with its index; how it changes; how it is made whole again
-    segment, keydir, lookup, lock           one segment; the index; the hot path of a read; the writer lock
-    record, hint, manifest, header          the bytes
-    names, files, errors                    file names; the operating system; what is raised
+    store                           the operations, each under the lock or lock-free
+    walk, merge, check, syncer      procedures over the whole log; when it becomes durable
+    recovery                        how the log and its index are made whole again
+    write, rotation                 how one operation changes them; how the list of segments changes
+    log, contents                   the log with its index, as one handle holds them; what is in a segment
+    segment, keydir, lookup, lock   one segment; the index; the hot path of a read; the writer lock
+    page, hint                      a page of the index; the keys of a sealed segment
+    record, manifest, header        the bytes of the others
+    names, files, errors            file names; the operating system; what is raised
 
 Imports go down only.
 """
