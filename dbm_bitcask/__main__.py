@@ -1,8 +1,8 @@
 """The command line: `python -m dbm_bitcask COMMAND`, installed also as `dbm-bitcask`.
 
-One module per command. Each has `add_command(commands)`, which adds its parser and sets `run`: a function of the
-parsed arguments that returns the exit status. Status 0 is success, 1 a failure (one line on stderr, no traceback),
-2 wrong usage.
+One module per command, or for two that belong together. Each has `add_command(commands)`, which adds its parser and sets
+`run`: a function of the parsed arguments that returns the exit status. Status 0 is success, 1 a failure (one line on
+stderr, no traceback) or problems found, 2 wrong usage.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from dbm_bitcask import demo
+from dbm_bitcask import check, demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     top = argparse.ArgumentParser(prog="dbm_bitcask", description="A persistent dict behind dbm and shelve.")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check.add_command(commands)
     demo.add_command(commands)
     return top
 

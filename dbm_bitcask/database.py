@@ -32,6 +32,7 @@ Default = TypeVar("Default")
 
 _ERR_READONLY = "The database is opened for reading only"
 _MISSING = object()
+_WALKS = 16  # by `nextkey` that one handle remembers, as of several threads; one that is forgotten is found again by its key
 _BY_DEFAULT: Any = "".join(("ne", "ver"))  # equal to "never" and another object: whether `sync` was given shows in its identity
 
 
@@ -106,7 +107,10 @@ def _as_error(failure: OSError, path: str) -> error:
     """Every failure of the operating system as one of ours."""
     if isinstance(failure, error):
         return failure
-    return error(failure.errno, failure.strerror or str(failure), failure.filename or path)
+    name = path
+    if isinstance(failure.filename, str):  # the files of a database are opened by the descriptor of their directory
+        name = os.path.join(path, failure.filename)  # noqa: PTH118
+    return error(failure.errno, failure.strerror or str(failure), name)
 
 
 def whichdb(file: Path) -> str | None:
@@ -156,7 +160,7 @@ class Database(MutableMapping[bytes, bytes]):
         self._path = path
         self._how = how
         self._writable = how[1] != "r"
-        self._cursor: tuple[bytes, Iterator[bytes]] | None = None
+        self._cursors: dict[bytes, Iterator[bytes]] = {}  # of walks by `nextkey`: the last key of each
 
     def __repr__(self) -> str:
         state = "closed " if self._store.closed else ""
@@ -287,13 +291,15 @@ class Database(MutableMapping[bytes, bytes]):
         """
         key = _as_bytes(key, "keys")
         store = self._open_store()
-        if self._cursor is not None and self._cursor[0] == key:
-            return self._advance(self._cursor[1])
-        return self._advance(self._guarded(self._call(store.keys_after, key)))
+        keys = self._cursors.pop(key, None)  # at once: another thread may be at the same key
+        return self._advance(keys or self._guarded(self._call(store.keys_after, key)))
 
     def _advance(self, keys: Iterator[bytes]) -> bytes | None:
         key = next(keys, None)
-        self._cursor = None if key is None else (key, keys)
+        if key is not None:
+            self._cursors[key] = keys
+            for oldest in list(self._cursors)[:-_WALKS]:
+                self._cursors.pop(oldest, None)
         return key
 
     def popitem(self) -> tuple[bytes, bytes]:
@@ -336,7 +342,7 @@ class Database(MutableMapping[bytes, bytes]):
 
     def close(self) -> None:
         """Make everything durable and end the use. A second call does nothing."""
-        self._cursor = None
+        self._cursors.clear()
         self._call(self._store.close)
 
     def __enter__(self) -> Self:

@@ -61,3 +61,19 @@ def run_python(script: str, *arguments: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+_handle: dbm_bitcask.Database | None = None
+
+
+def use_handle(db: dbm_bitcask.Database | None) -> None:
+    """Have the workers of a pool that are forked from now on use this handle."""
+    global _handle
+    _handle = db
+
+
+def set_and_get(number: int) -> bytes:
+    """The work of such a worker."""
+    assert _handle is not None
+    _handle[b"pool %d" % number] = b"%d" % number * 50
+    return _handle[b"pool %d" % number]

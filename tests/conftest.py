@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -19,6 +22,58 @@ OPTIONS = {
 hypothesis.settings.register_profile("short", max_examples=25, stateful_step_count=40, deadline=None)
 hypothesis.settings.register_profile("long", max_examples=2000, stateful_step_count=100, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("DBM_BITCASK_HYPOTHESIS_PROFILE", "short"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--harness", choices=("sample", "full", "release"), default="sample", help="how much of each heavy harness is run")
+
+    group = parser.getgroup("schedules", "interleavings of processes (tests/test_schedules.py)")
+    group.addoption("--schedule", type=int, metavar="SEED", help="replay the schedule of one seed, and show its last steps")
+    group.addoption("--schedules", type=int, metavar="N", help="run the schedules of the seeds below N (default: as --harness says)")
+    parser.addoption("--mutant", help="run the tests on an engine with a seeded bug, by its name in mutants.py")
+
+
+def pytest_configure(config):
+    if config.getoption("mutant"):
+        import mutants  # which imports the engine
+
+        mutants.apply(config.getoption("mutant"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "amount" in item.fixturenames:
+            item.add_marker("harness")
+
+
+@pytest.fixture
+def amount(request):
+    """Chooses among the amounts of a heavy harness by the option `--harness`: `amount(sample=..., full=..., release=...)`."""
+    return lambda **amounts: amounts[request.config.getoption("harness")]
+
+
+@pytest.fixture
+def tally(record_property):
+    """Counts what a harness did; the sums stand at the end of the run."""
+    return record_property
+
+
+def pytest_terminal_summary(terminalreporter):
+    sums = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for what, number in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+                sums[what] += number
+    for what, number in sums.items():
+        terminalreporter.write_line(f"{number:,} {what}")
+
+
+@pytest.fixture
+def place():
+    """A directory in memory if there is such a file system: for crashes that are staged, and syncs that need not be."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
+        yield Path(place)
 
 
 @pytest.fixture

@@ -108,6 +108,18 @@ def test_header_of_a_segment(tmp_path):
     assert segment.open_segment(directory, Entry(7, SALT, 0)).size() == segment.FIRST_RECORD == 32
 
 
+def test_generation_of_a_segment_moves_and_is_not_under_the_checksum(tmp_path):
+    directory = Directory(str(tmp_path))
+    file = segment.create(directory, Entry(7, SALT, 0), 0o600)
+    word = segment.map_generation(file)
+    before = word[0]
+    segment.move_generation(file)
+    assert word[0] != before
+    data = bytes.fromhex(SEGMENT_HEADER)
+    assert (tmp_path / "00000007.data").read_bytes() == data[:12] + bytes.fromhex("01000000") + data[16:]
+    segment.open_segment(directory, Entry(7, SALT, 0))
+
+
 def test_hint():
     keys = [Hint(32, 32, 0, b"key"), Hint(64, 32, 0x01, b"k"), Hint(96, 48, 0x02, b"", EXPIRY)]
     writer = hint.HintWriter(Entry(7, SALT, 4096))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dbm_bitcask
+from dbm_bitcask.engine import walk as walk_module
 from dbm_bitcask.engine.check import check
 
 KEYS = {b"key %d" % i: b"value %d" % i for i in range(200)}
@@ -250,3 +252,41 @@ def test_any_changes_meanwhile_leave_what_is_always_present_seen_exactly_once(be
             assert {key: count for key, count in Counter(seen).items() if key in always} == dict.fromkeys(always, 1)
             assert set(seen) <= ever
         assert check(path) == []
+
+
+def test_iteration_over_more_segments_than_descriptors_beside_a_merge_sees_each_key_once(path):
+    """It kept only so many segments open as there were descriptors, and lost those that were merged away before their turn."""
+    keys = {b"%d" % number for number in range(200)}
+    with dbm_bitcask.open(path, segment_size=4096) as db, dbm_bitcask.open(path, "w", segment_size=4096) as other:
+        for key in keys:
+            db[key] = key * 100
+        db._log.maps = 2
+        before, segments = open_descriptors(), set(path.glob("*.data"))
+        walk = iter(db)
+        first = next(walk)
+        assert open_descriptors() <= before + 3
+        for key in keys:
+            other[key] = key * 101
+        other.reorganize()
+        assert segments & set(path.glob("*.data")) == set()
+        assert sorted([first, *walk]) == sorted(keys)
+
+
+def open_descriptors():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_popitem_goes_on_where_a_segment_was_merged_away_before_its_turn(path, monkeypatch):
+    with dbm_bitcask.open(path, segment_size=4096) as db, dbm_bitcask.open(path, "w", segment_size=4096) as other:
+        db.update({b"%d" % number: b"v" * 500 for number in range(100)})
+
+        def merge_and_open(held, *, one_of_many=False):
+            monkeypatch.undo()
+            other.update({b"%d" % number: b"w" * 500 for number in range(100)})
+            other.reorganize()
+            held.open(one_of_many=one_of_many)
+
+        monkeypatch.setattr(walk_module.Held, "open", merge_and_open)
+        popped = dict(db.popitem() for _ in range(100))
+        assert popped == {b"%d" % number: b"w" * 500 for number in range(100)}
+        assert len(db) == 0

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from crashes import Machine
 from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine import keydir as module
+from dbm_bitcask.engine import page as page_module
 from dbm_bitcask.engine.errors import error
 from dbm_bitcask.engine.files import Directory, temporary_file
 from dbm_bitcask.engine.header import BASE, PAGE_SIZE, PAGE_WORDS, ROW_WORDS
@@ -472,6 +473,25 @@ def test_two_handles_take_turns(keydir):
 
 
 # Checksums
+
+
+def test_fence_stands_between_what_a_split_fills_and_what_leads_there(keydir, monkeypatch):
+    """Where a processor does not keep stores in order, an entry must not be seen before the slots that it leads to."""
+    entries = []
+    monkeypatch.setattr(module, "fence", lambda: entries.append([keydir.table.directory[0] & BASE, contents(keydir)]))
+    expected = fill(keydir, random_hashes(FULL))
+    page = keydir.table.directory[0] & BASE
+    assert entries == []
+    put(keydir, 1, location(FULL + 1))
+    assert entries == [[page, expected]]
+    assert keydir.table.directory[0] & BASE != page
+
+
+def test_fence_stands_between_a_search_and_the_look_whether_it_is_valid(keydir, monkeypatch):
+    fences = []
+    monkeypatch.setattr(page_module, "fence", lambda: fences.append(1))
+    probe(keydir.table, 1)
+    assert fences == [1]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import dbm_bitcask
 # From the top. A module imports from the rows below its own, and from nowhere else.
 ROWS = [
     {"store"},
-    {"walk", "merge", "check", "syncer"},
+    {"walk", "merge", "syncer", "check", "repair"},
     {"recovery"},
     {"write"},
     {"rotation"},
@@ -26,7 +26,7 @@ ROWS = [
 ]
 
 # What the interface may know of the engine.
-FACE = {"store", "errors"}
+FACE = {"store", "check", "repair", "errors"}
 
 # What the engine needs beside the standard library.
 REQUIRED = {"xxhash"}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 
 import pytest
 
 import dbm_bitcask
 from children import fork, fork_and_wait, put_and_close
+from dbm_bitcask.engine import files, keydir, log, lookup, page, recovery, segment, write
 from dbm_bitcask.engine import header as at
 
 
@@ -199,3 +203,239 @@ def test_reader_with_an_index_of_its_own_goes_over_to_the_shared_one(path):
             db[b"new"] = b"1"
             assert reader[b"new"] == b"1"
             assert len(reader) == len(list(reader)) == 101
+
+
+def test_child_does_not_keep_the_lock_of_a_parent_that_was_killed_within_a_write(path):
+    """The child had the open file description on which the parent took its lock, and kept it as long as it lived."""
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"1"
+    holding, ending = os.pipe(), os.pipe()
+
+    def be_parent():
+        db = dbm_bitcask.open(path, "w")
+
+        def fork_and_die():
+            os.write(holding[1], b"%d" % fork(lambda: os.read(ending[0], 1)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        db._log.lock.run(fork_and_die)
+
+    os.waitpid(fork(be_parent), 0)
+    os.read(holding[0], 20)
+    try:
+        with dbm_bitcask.open(path, "w", timeout=10) as db:
+            db[b"key"] = b"2"
+    finally:
+        os.write(ending[1], b".")
+        for pipe in (*holding, *ending):
+            os.close(pipe)
+
+
+def test_child_of_a_fork_within_a_close_closes_without_waiting(path):
+    """A fork while the parent's thread held the mutex of the event by which a close ends it: the child waited for ever."""
+    with dbm_bitcask.open(path, sync=60) as db:
+        db[b"key"] = b"value"
+
+        def close():
+            signal.alarm(20)  # kills it
+            db.close()
+
+        with db._store.syncer._stopped._cond:
+            fork_and_wait(close)
+
+
+def test_reader_opens_beside_a_writer_that_makes_everything_new(path, monkeypatch):
+    """The segment that the manifest listed was gone when the reader came to open it, and that was a FileNotFoundError."""
+    opened = segment.open_segment
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"value"
+
+        def clear_first(directory, entry, *, write=False):
+            if not write and len(cleared) < 5:
+                cleared.append(entry)
+                db.clear()
+                db[b"new"] = b"%d" % len(cleared)
+            return opened(directory, entry, write=write)
+
+        cleared = []
+        monkeypatch.setattr(segment, "open_segment", clear_first)
+        with dbm_bitcask.open(path, "r") as reader:
+            assert dict(reader) == {b"new": b"5"}
+
+
+def test_listed_segment_that_stays_away_is_an_error_when_a_reader_opens(path):
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"value"
+    segment_file = path / "00000001.data"
+    kept = segment_file.rename(path.parent / "kept")
+    with pytest.raises(dbm_bitcask.error, match=r"00000001\.data"):
+        dbm_bitcask.open(path, "r")
+    kept.rename(segment_file)
+
+
+def test_reader_that_built_an_index_of_its_own_beside_a_writer_sees_what_is_set_without_a_rotation(path, monkeypatch):
+    """It looked at keydir and manifest before it read them, and those do not change with a plain set."""
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"1"
+        with monkeypatch.context() as patch:
+            patch.setattr(recovery, "take_keydir", lambda _: False)
+            reader = dbm_bitcask.open(path, "r")
+            db[b"key"] = b"2"
+            assert reader[b"key"] == b"2"
+        db[b"new"] = b"3"
+        assert reader[b"new"] == b"3"
+        assert reader._log.beside is None
+        reader.close()
+
+
+def test_readers_agree_on_a_write_that_died_whatever_index_they_came_to(path, monkeypatch):
+    """One built its own just before a keydir came that could be trusted, showed the unfinished write, and never looked at the other."""
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"value"
+    turns, take = [], recovery.take_keydir
+
+    def die_before_the_slot():
+        monkeypatch.setattr(recovery, "take_keydir", take)
+        db = dbm_bitcask.open(path, "w")
+        monkeypatch.setattr(write, "put_new", lambda *_: False)
+        monkeypatch.setattr(write, "publish", lambda *_, **__: os._exit(0))
+        db[b"unfinished"] = b"value"
+
+    def find_none_that_can_be_trusted(_):
+        turns.append(1)
+        if len(turns) == 3:
+            (path / "keydir").unlink()
+            fork_and_wait(die_before_the_slot)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "take_keydir", find_none_that_can_be_trusted)
+        first = dbm_bitcask.open(path, "r")
+    with dbm_bitcask.open(path, "r") as second:
+        assert first.get(b"unfinished") == second.get(b"unfinished")
+        assert len(first) == len(second)
+    first.close()
+
+
+def test_processes_that_wait_for_the_disk_at_the_same_time_share_one_sync(path, monkeypatch):
+    syncs = memoryview(mmap.mmap(-1, 4096)).cast("Q")
+    syncing = files._fdatasync
+
+    def sync(fd):
+        syncs[0] += 1
+        syncing(fd)
+
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"value"
+        db.sync()
+
+        def put(number):
+            with dbm_bitcask.open(path, "w", sync="always") as other:
+                monkeypatch.setattr(files, "_fdatasync", sync)
+                other[b"%d" % number] = b"value"
+                monkeypatch.undo()
+
+        queue = db._log.keydir.file
+        queue.lock()
+        children = [fork(lambda number=number: put(number)) for number in range(4)]
+        assert wait_until(lambda: len(db) == 5)
+        queue.unlock()
+        for pid in children:
+            wait_for(pid)
+        assert syncs[0] == 1
+
+
+def test_sync_does_not_wait_longer_for_another_process_than_for_the_lock(path):
+    with dbm_bitcask.open(path) as db:
+        db[b"key"] = b"value"
+        db.sync()
+
+        def put():
+            signal.alarm(20)  # kills it
+            with dbm_bitcask.open(path, "w", sync="always", timeout=0.05) as other:
+                other[b"other"] = b"value"
+                assert is_synced(other)
+
+        db._log.keydir.file.lock()
+        fork_and_wait(put)
+
+
+def test_deadlock_that_the_kernel_sees_in_the_queue_is_no_failure(path, monkeypatch):
+    def lock(_):
+        raise OSError(errno.EDEADLK, "as with two databases and two threads of two processes")
+
+    with dbm_bitcask.open(path, sync="always") as db:
+        monkeypatch.setattr(files.File, "lock", lock)
+        db[b"key"] = b"value"
+        assert is_synced(db)
+
+
+def test_write_that_waited_for_a_sync_that_failed_is_not_acknowledged(path, monkeypatch):
+    """The kernel tells of a failed sync once, and to whoever comes next that all is well."""
+    with dbm_bitcask.open(path, sync="always") as db:
+        with monkeypatch.context() as patch:
+            patch.setattr(files.File, "lock", lambda _: db._log.keydir.words.__setitem__(at.POISON, 1))
+            with pytest.raises(dbm_bitcask.error, match="sync failed"):
+                db[b"key"] = b"value"
+        with pytest.raises(dbm_bitcask.error, match="sync failed"):
+            db[b"key"] = b"value"
+        with dbm_bitcask.open(path, "w") as healed:
+            assert healed[b"key"] == b"value"
+
+
+def test_fences_change_nothing(path, monkeypatch):
+    """What runs where a processor does not keep loads and stores in order runs here, too."""
+    fences = []
+    for module in (keydir, log.files, lookup, page, write):
+        monkeypatch.setattr(module, "fence", lambda: (fences.append(1), files._fence()))
+    with dbm_bitcask.open(path, segment_size=4096) as db:
+        db.update({b"%d" % number: b"v" for number in range(1000)})
+        written = len(fences)
+        assert db.get(b"no such key") is None
+        assert len(fences) > written
+        db.clear()
+        assert len(db) == 0
+    assert written >= 2000
+
+
+def test_thread_of_a_handle_that_writes_nothing_syncs_what_a_dead_process_left(path):
+    dbm_bitcask.open(path).close()
+    with dbm_bitcask.open(path, sync=0.02) as db:
+        fork_and_wait(lambda: dbm_bitcask.open(path, "w").update({b"of a process that dies": b"1"}))
+        assert wait_until(lambda: is_synced(db))
+
+
+def test_threads_walk_with_nextkey_at_the_same_time(path):
+    """They shared one cursor, and met each other in the middle of its generator."""
+    with dbm_bitcask.open(path) as db:
+        keys = {b"%d" % number for number in range(500)}
+        db.update(dict.fromkeys(keys, b"v"))
+        walks, barrier = [], threading.Barrier(4)
+
+        def walk():
+            barrier.wait()
+            met, key = [], db.firstkey()
+            while key is not None:
+                met.append(key)
+                key = db.nextkey(key)
+            walks.append(met)
+
+        threads = [threading.Thread(target=walk) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [sorted(met) for met in walks] == [sorted(keys)] * 4
+
+
+def test_timeout_names_no_process_that_is_dead(path):
+    """The last one to write left its name, and whoever has the lock since, to open a large database, has not come to write its own."""
+    dbm_bitcask.open(path).close()
+    fork_and_wait(lambda: dbm_bitcask.open(path, "w").update({b"key": b"value"}))
+    with dbm_bitcask.open(path, "r") as reader:
+        directory = files.Directory(str(path))
+        directory.lock()
+        with pytest.raises(dbm_bitcask.LockTimeout, match="another process has it"):
+            dbm_bitcask.open(path, "w", timeout=0.01)
+        directory.unlock()
+        assert reader[b"key"] == b"value"

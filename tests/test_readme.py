@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import dbm_bitcask
+
 README = Path(__file__).parent.parent / "README.md"
 
 
 def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(dbm_bitcask.__file__).parent.parent))  # for the process that an example starts
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert examples
     namespace: dict[str, object] = {}
     for example in examples:
         exec(compile(example, README.name, "exec"), namespace)
-    assert "1815" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1815" in printed
+    assert "neige!" in printed

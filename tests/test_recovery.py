@@ -225,7 +225,8 @@ def test_nothing_is_appended_to_a_segment_that_is_cut_after_a_restart(left):
     with dbm_bitcask.open(left, "w") as db:
         db[b"new"] = b"value"
     [old] = sealed(left)
-    assert old.read_bytes() == data  # not even cut: the manifest says where it ends
+    records = slice(segment.FIRST_RECORD, None)
+    assert old.read_bytes()[records] == data[records]  # not even cut: the manifest says where it ends
     assert contents(left) == {**ITEMS, b"new": b"value"}
 
 

@@ -151,16 +151,31 @@ def test_dirty_mark_is_durable_before_the_first_change_whoever_made_it(path, mon
     second.close()
 
 
-def test_keydir_is_not_marked_clean_over_the_write_of_another_handle(path, monkeypatch):
-    """Finding 2 e: A syncs the keydir, B writes, A marks it clean."""
+@pytest.mark.parametrize("closes", [False, True])
+def test_keydir_is_not_marked_clean_over_the_write_of_another_handle(path, monkeypatch, closes):
+    """Finding 2 e: A syncs the keydir, B writes (and leaves it at rest again), A marks it clean."""
     monkeypatch.setattr(store, "_CLEAN_KEYS", 0)
     closing, writing = dbm_bitcask.open(path, "c"), dbm_bitcask.open(path, "c")
     closing.update(ITEMS)
     keydir = closing._log.keydir
-    sync = keydir.file.sync
-    monkeypatch.setattr(keydir.file, "sync", lambda: (sync(), writing.__setitem__(b"between", b"value")))
+    sync, states = keydir.file.sync, []
+
+    def write_between():
+        states.append(words[at.STATE])
+        sync()
+        if len(states) > 1:
+            return
+        writing[b"between"] = b"value"
+        if closes:
+            writing._store._wrote = True
+            monkeypatch.setattr(store, "_CLEAN_KEYS", 10**9)
+            writing._store._settle()
+
+    words = keydir.words
+    monkeypatch.setattr(keydir.file, "sync", write_between)
     closing.close()
-    assert writing._log.keydir.words[at.STATE] != at.CLEAN
+    assert states[0] == at.RESTING
+    assert words[at.STATE] == (at.RESTING if closes else at.DIRTY)
     writing.close()
     monkeypatch.undo()
     assert everything(path) == {**ITEMS, b"between": b"value"}
@@ -231,6 +246,65 @@ def test_handle_that_reads_by_a_deleted_keydir_is_not_told_of_damage_that_is_not
                 expected = dict(other)
             assert dict(reader) == expected
             assert dict(db) == expected
+
+
+@pytest.mark.parametrize("flag", ["r", "w"])
+@pytest.mark.parametrize("gone", ["deleted", "replaced by a copy", "damaged"])
+def test_handle_whose_keydir_lost_its_name_sees_what_is_written_by_another_one(path, flag, gone):
+    """Finding 3: it looked things up in the old keydir for ever, and was told old values."""
+    with dbm_bitcask.open(path, "c", **TINY) as db:
+        fill(db, 100)
+    with dbm_bitcask.open(path, flag, **TINY) as first:
+        assert len(first) == len(dict(first))
+        key = next(iter(first))
+        keydir_file = path / "keydir"
+        data = keydir_file.read_bytes()
+        if gone == "damaged":
+            keydir_file.write_bytes(b"nothing" + data[7:])
+        else:
+            keydir_file.unlink()
+        if gone == "replaced by a copy":
+            keydir_file.write_bytes(data)
+        with dbm_bitcask.open(path, "w", **TINY) as second:
+            second[key] = b"of another index"
+            second[b"new"] = b"key"
+            assert first[key] == b"of another index"
+            assert first.get(b"new") == b"key"
+            assert b"new" in first
+            del second[key]
+            assert key not in first
+            assert first.get(key) is None
+            assert len(first) == len(second) == len(list(first))
+            if flag == "w":
+                first[key] = b"back"
+                assert second[key] == b"back"
+
+
+def test_handle_that_slept_through_rotations_and_the_loss_of_its_keydir_sees_what_is_written(path):
+    """Finding 3: the segment whose header told of the new keydir was not the one that it had open."""
+    with dbm_bitcask.open(path, "c", **TINY) as db:
+        fill(db, 100)
+        reader = dbm_bitcask.open(path, "r")
+        key = next(iter(reader))
+        fill(db, 100, turn=1)
+    (path / "keydir").unlink()
+    with dbm_bitcask.open(path, "w", **TINY) as db:
+        db[key] = b"of another index"
+        assert reader[key] == b"of another index"
+    reader.close()
+
+
+def test_reader_of_a_lost_keydir_sees_that_the_database_was_made_anew(path):
+    """Finding 3: flag n found no keydir by which to tell anybody."""
+    with dbm_bitcask.open(path, "c", **TINY) as db:
+        fill(db, 100)
+    with dbm_bitcask.open(path, "r") as reader:
+        assert len(reader)
+        (path / "keydir").unlink()
+        with dbm_bitcask.open(path, "n") as db:
+            assert len(reader) == 0
+            db[b"new"] = b"1"
+            assert dict(reader) == {b"new": b"1"}
 
 
 def test_there_is_no_lock_file_that_somebody_could_delete(path):
@@ -364,7 +438,8 @@ def test_bit_rot_in_the_synced_part_of_the_active_segment_is_not_cut_as_a_torn_t
             assert db[b"key %d" % number] == b"value %d" % number
         with pytest.raises(dbm_bitcask.CorruptionError):
             db[b"key 2"]
-    assert active(path).read_bytes().startswith(damaged)
+    records = slice(segment.FIRST_RECORD, None)
+    assert active(path).read_bytes()[records].startswith(damaged[records])
     flip(active(path), (location & MASK32) + 30)
     lose_index(path)
     assert everything(path, "w") == ITEMS
@@ -466,6 +541,17 @@ def test_ids_are_never_used_twice(path):
             now = {file.name for file in path.glob("*.data")}
             assert max(now) > max(seen)
             seen |= now
+
+
+def test_ids_are_never_used_twice_by_a_new_database_over_an_unusable_index_either(path):
+    with dbm_bitcask.open(path, "c", **TINY) as db:
+        fill(db)
+        seen = {file.name for file in path.glob("*.data")}
+    (path / "keydir").unlink()
+    with dbm_bitcask.open(path, "n") as db:
+        fresh = {file.name for file in path.glob("*.data")}
+        assert min(fresh) > max(seen)
+        assert len(db) == 0
 
 
 def test_expired_record_never_brings_the_older_value_back(path):
@@ -874,6 +960,22 @@ def test_tombstones_over_a_cold_segment_are_not_merged_for_ever(path):
             sizes.add((db.stats().log_bytes, tuple(sorted(file.name for file in path.glob("*.data")))))
         assert len(sizes) == 1
         assert cold == {number: db._log.find(b"cold %d" % number) for number in range(60)}
+
+
+def test_few_tombstones_over_a_cold_segment_stay_where_they_are(path):
+    """Finding 23: they were bytes that a merge gives back, and a merge can not give them back."""
+    with dbm_bitcask.open(path, "c", **TINY) as db:
+        for number in range(60):
+            db[b"cold %d" % number] = bytes(2000)
+        for number in range(200):
+            db[b"hot %d" % number] = b""
+            del db[b"hot %d" % number]
+        db.reorganize()
+        assert db.stats().tombstone_bytes > 0
+        before = {file.name for file in path.glob("*.data")}
+        for _ in range(3):
+            db.reorganize()
+            assert {file.name for file in path.glob("*.data")} == before
 
 
 @pytest.fixture

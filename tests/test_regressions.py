@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import shutil
@@ -14,7 +15,8 @@ import pytest
 
 import dbm_bitcask
 from children import fork_and_wait
-from dbm_bitcask.engine import files, keydir, log, recovery, segment
+from dbm_bitcask.engine import files, keydir, log, page, recovery, segment
+from dbm_bitcask.engine.page import FULL
 
 SMALL = {"segment_size": 4096}
 MANY = 10_000  # keys: the keydir has grown several times
@@ -333,3 +335,32 @@ def test_sync_that_fails_while_another_handle_changes_the_keydir_stops_all_writi
     with dbm_bitcask.open(path, "w") as db:
         assert db[b"key"] == b"1"
         db[b"new"] = b"1"
+
+
+def test_key_whose_page_was_split_and_used_again_within_a_search_is_found(path, monkeypatch):
+    """The search was right, and then the location was read from a page that held other keys by then: a key that was there was missing."""
+    search, searches = page.probe, []
+
+    def search_slowly(table, hashed):
+        found = search(table, hashed)
+        if not searches:
+            searches.append(found)
+            split = used_again = False
+            numbers = itertools.count(FULL)
+            while not used_again:
+                other[b"%d" % next(numbers)] = b"v"
+                in_use = found.page in other._log.keydir.pages()
+                split, used_again = split or not in_use, split and in_use
+        return found
+
+    with dbm_bitcask.open(path) as db, dbm_bitcask.open(path) as other:
+        for number in range(FULL):
+            db[b"%d" % number] = b"v"
+        epoch, [first] = db._log.epoch, list(db._log.keydir.pages())
+        location = db._log.find(b"7")
+        with monkeypatch.context() as patch:
+            patch.setattr(page, "probe", search_slowly)
+            assert db._log.find(b"7") == location
+        assert searches[0].page == first
+        assert first in db._log.keydir.pages()
+        assert db._log.epoch == epoch

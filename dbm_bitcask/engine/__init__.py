@@ -3,7 +3,8 @@
 The engine knows files and records. It knows nothing of dbm, str or pickle; it never unpickles, evaluates or imports what it reads.
 
     store                           the operations, each under the lock or lock-free
-    walk, merge, check, syncer      procedures over the whole log; when it becomes durable
+    walk, merge, syncer             iteration; giving back space; when the log becomes durable
+    check, repair                   what is wrong with a database, and what can be done about it
     recovery                        how the log and its index are made whole again
     write, rotation                 how one operation changes them; how the list of segments changes
     log, contents                   the log with its index, as one handle holds them; what is in a segment

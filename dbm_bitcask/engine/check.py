@@ -90,7 +90,7 @@ def _check(log: Log) -> Iterator[Problem]:
 def _check_names(log: Log) -> Iterator[Problem]:
     for name in log.directory.list():
         number = names.parse_segment(name)
-        if number is not None and number > log.manifest.next_id:
+        if number is not None and number > log.manifest.next_id and segment.has_records(log.directory, number):
             yield Problem(log.directory.where(name), None, "its id is above the manifest's next one: it belongs to another database")
 
 

@@ -16,6 +16,8 @@ import os
 import resource
 import stat
 import sys
+import threading
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,11 +26,15 @@ from .errors import error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Buffer
+
 __all__ = [
     "Directory",
     "File",
     "Identity",
     "boot_id",
+    "fence",
+    "is_alive",
     "make_directory",
     "maps_at_a_time",
     "refuse_remote",
@@ -38,6 +44,7 @@ __all__ = [
 
 # Before 3.13 every map keeps a descriptor of its own.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+_MAPS = 65530  # that a process may have, unless vm.max_map_count says otherwise
 _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FSYNC_FULL = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone does not reach the disk's platters
 _fdatasync = getattr(os, "fdatasync", os.fsync)
@@ -47,6 +54,20 @@ _GET_FLAGS, _SET_FLAGS, _NO_COW = 0x80086601, 0x40086602, 0x00800000
 
 
 _REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ncpfs", "afs", "ceph", "glusterfs", "lustre", "gpfs", "virtiofs"}
+
+
+_fences = threading.Lock()
+
+
+def _fence() -> None:
+    for _ in range(2):
+        _fences.acquire()
+        _fences.release()
+
+
+# Keeps the loads and stores of shared words before it from being seen behind those after it. x86-64 keeps loads in order among each other,
+# and stores, so that there it is None; elsewhere two cycles of a lock order them, which nothing in Python promises but every lock does.
+fence = None if os.uname().machine in ("x86_64", "AMD64") else _fence
 
 
 class Identity(NamedTuple):
@@ -63,12 +84,11 @@ class Descriptor:
     """An open file description; the descriptor goes with the object."""
 
     def __init__(self, fd: int, name: str) -> None:
-        if fd < 3:  # a print() of a program that closed its stdout must not land in a segment
-            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-            os.close(fd)
-            fd = high
-        self.fd = fd
+        self.fd = fd  # first: whatever interrupts from here on, the descriptor goes with the object
         self.name = name
+        if fd < 3:  # a print() of a program that closed its stdout must not land in a segment
+            self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.close(fd)
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -118,6 +138,22 @@ class File(Descriptor):
         else:
             _fdatasync(self.fd)
 
+    def lock(self) -> None:
+        """Wait for the record lock on this file. It is this process's, not a thread's; closing any descriptor of the file drops it."""
+        fcntl.lockf(self.fd, fcntl.LOCK_EX)
+
+    def try_lock(self) -> bool:
+        """Take the record lock if it is free."""
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Drop the record lock."""
+        fcntl.lockf(self.fd, fcntl.LOCK_UN)
+
     def truncate(self, length: int) -> None:
         os.ftruncate(self.fd, length)
 
@@ -135,6 +171,23 @@ class File(Descriptor):
     def map(self, length: int, *, write: bool = False) -> mmap.mmap:
         """The first `length` bytes as shared memory."""
         return mmap.mmap(self.fd, length, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ, **_MAP_OPTIONS)
+
+    def map_without_descriptor(self, length: int) -> Buffer:
+        """The same to be read, but it keeps no descriptor before Python 3.13 either: for more maps than there are descriptors."""
+        if _MAP_OPTIONS:
+            return self.map(length)
+        import ctypes  # takes time, and few need it
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, self.fd, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self.name)
+        pages = (ctypes.c_char * length).from_address(address)
+        weakref.finalize(pages, libc.munmap, address, length)
+        return memoryview(pages).cast("B").toreadonly()
 
     def keep_blocks(self) -> None:
         """Ask a copy-on-write file system to write this (still empty) file in place; others do not know the flag."""
@@ -160,9 +213,10 @@ class Directory(Descriptor):
             return False
         return True
 
-    def again(self) -> Directory:
-        """The same directory by another open file description, which does not share its locks."""
-        return Directory(self.name, at=self.fd)
+    def renew(self) -> None:
+        """Go on by another open file description, which does not share its locks, under the same number."""
+        fresh = Directory(self.name, at=self.fd)
+        os.dup2(fresh.fd, self.fd, inheritable=False)
 
     def where(self, name: str) -> str:
         """The path of a file, for messages only."""
@@ -196,6 +250,14 @@ class Directory(Descriptor):
 
     def replace(self, old: str, new: str) -> None:
         os.replace(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def link(self, name: str, new: str) -> None:
+        """Give a file another name besides; a copy of it where the file system has no links."""
+        try:
+            os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        except PermissionError:
+            source, copy = self.open(name), self.create(new, 0o600)
+            copy.write(source.read(source.opened.size, 0), 0)
 
     def remove(self, name: str) -> None:
         """Unlink a name; nothing happens if it is gone already."""
@@ -261,9 +323,22 @@ def temporary_file() -> File:
 
 
 def maps_at_a_time() -> int:
-    """How many maps one handle may keep, so that programs with many files of their own are left descriptors."""
+    """How many maps one handle may keep, so that a program is left enough for itself: descriptors where each map keeps one, else maps."""
+    if _MAP_OPTIONS:
+        return _MAPS // 4
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1024 if limit == resource.RLIM_INFINITY else max(8, min(1024, limit // 4))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid > 0
 
 
 def boot_id() -> int:

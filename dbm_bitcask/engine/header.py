@@ -49,6 +49,7 @@ POISON = 33  # an fsync failed: every state that is entered becomes POISONED
 SYNCED_TO = 34  # the log is durable up to this location
 _REST = 40
 COUNTERS_A, COUNTERS_B = 64, 80
+OTHER = COUNTERS_A ^ COUNTERS_B  # CURRENT ^ OTHER is the copy that is not valid
 
 # Words of one copy of the counters, from its CURRENT. TAIL and START are locations; TOMBSTONES are bytes in the active segment;
 # CHECKSUM is that of the record between START and TAIL; ROW is the word that counts dead bytes and gets DEAD (0: none).
@@ -102,6 +103,8 @@ def is_sound(words: Words, identity: Identity, boot: int) -> bool:
         return False
     if state == CLEAN:
         return True
+    if state == POISONED and not words[POISON]:
+        return False  # POISON is stored first
     same_boot = boot != 0 and boot == words[BOOT_LOW] | words[BOOT_HIGH] << 64 and words[DEVICE] == identity.device
     return same_boot and state in (RESTING, DIRTYING, DIRTY, CHANGING, POISONED)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import header as at
 from .errors import error
+from .files import fence
 from .header import BASE, MASK32, MASK64, PAGE_SIZE, PAGE_WORDS, ROW_WORDS, VERSION, Words
 from .page import (
     DELETED,
@@ -128,6 +129,8 @@ class Keydir:
         while True:
             current = words[at.CURRENT]
             value: int = words[current + which]
+            if fence:
+                fence()
             if words[at.CURRENT] == current:
                 return value
 
@@ -229,6 +232,8 @@ class Keydir:
         for kid in {words[at.SPLIT_LOW], words[at.SPLIT_HIGH]}:
             words[kid * PAGE_WORDS + PAGE_CHECKSUM] = 0
             words[kid * PAGE_WORDS + PAGE_MAGIC] = IN_USE
+        if fence:
+            fence()
         for index in range(first, first + (1 << spread)):
             entry = directory[index]
             if entry & BASE == old * PAGE_WORDS:
@@ -272,6 +277,8 @@ class Keydir:
             directory[entries + chunk] = chunk_checksum(directory, chunk) if old[entries // 2 + chunk // 2] else 0
             if not directory[entries + chunk]:
                 self.touched_chunks.add(chunk)
+        if fence:
+            fence()
         before, words[at.STATE] = words[at.STATE], at.CHANGING
         words[at.PAGES] = page + run
         words[at.ROOT] = page | depth << 32
@@ -377,6 +384,8 @@ class Keydir:
         fresh = page * PAGE_WORDS
         words[fresh : fresh + (end - start)] = words[start:end]
         words[fresh + (end - start) : fresh + 2 * (end - start)] = array("Q", bytes(8 * (end - start)))
+        if fence:
+            fence()
         before, words[at.STATE] = words[at.STATE], at.CHANGING
         words[at.PAGES] = page + run
         words[at.TABLE] = page | run << 32

@@ -12,7 +12,6 @@ import errno
 import os
 import threading
 import weakref
-from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -26,9 +25,11 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-_POLL = 0.002  # seconds between two looks: flock has no timeout of its own
+_pid = os.getpid()
 
-__all__ = ["WriterLock", "lock_of", "renew_after_fork"]
+POLL = 0.002  # seconds between two looks: flock has no timeout of its own
+
+__all__ = ["POLL", "WriterLock", "lock_of", "renew_after_fork"]
 
 
 class WriterLock:
@@ -42,7 +43,7 @@ class WriterLock:
     def _set_up(self, directory: Directory) -> None:
         self.mutex = threading.RLock()
         self.busy = False
-        self.pid = os.getpid()
+        self.pid = _pid
         self._bind(directory)
 
     def _bind(self, directory: Directory) -> None:
@@ -65,14 +66,17 @@ class WriterLock:
                     left = deadline - monotonic()
                     if left <= 0:
                         raise self._timeout(timeout, holder())
-                    sleep(min(left, _POLL))
+                    sleep(min(left, POLL))
                 return action(*args)
             finally:
                 self.busy = False
                 self.release()
         finally:
-            with suppress(RuntimeError):  # it was not taken
+            # Not by `suppress`, which is Python: a signal may arrive within it, before the release.
+            try:  # noqa: SIM105
                 self.mutex.release()
+            except RuntimeError:  # it was not taken
+                pass
 
     def _timeout(self, timeout: float, holder: str) -> LockTimeout:
         return LockTimeout(errno.ETIMEDOUT, f"the writer lock was not free for {timeout:g} s: {holder} has it", self.directory.name)
@@ -98,20 +102,23 @@ class WriterLock:
             )
 
     def renew_after_fork(self) -> None:
-        """In a child: a lock of its own. The inherited descriptor shares the parent's lock and must not be unlocked."""
+        """In a child: a lock of its own, at once: with the inherited description it would keep the lock of a parent that is killed."""
         self._set_up(self.directory)
-        self.release = _nothing
-        self.acquire = partial(self._acquire_anew, "acquire")
-        self.try_acquire = partial(self._acquire_anew, "try_acquire")
+        try:
+            self.directory.renew()
+        except OSError:  # no descriptor to be had; nothing is unlocked by the inherited one, which would unlock for the parent
+            self.release = _nothing
+            self.acquire = partial(self._acquire_anew, "acquire")
+            self.try_acquire = partial(self._acquire_anew, "try_acquire")
 
     def _acquire_anew(self, how: str) -> object:
-        """The first time in a child: there may be no descriptor to be had in a fork, and one later."""
+        """There may be no descriptor to be had in a fork, and one later."""
         try:
-            directory = self.directory.again()
+            self.directory.renew()
         except OSError as failure:
             reason = f"this process was forked, and cannot open a lock of its own: {failure.strerror}"
             raise error(failure.errno, reason, self.directory.name) from failure
-        self._bind(directory)
+        self._bind(self.directory)
         return getattr(self, how)()
 
 
@@ -149,8 +156,8 @@ def renew_after_fork(held: Renewed) -> None:
 
 
 def _after_fork() -> None:
-    global _registry_mutex
-    _registry_mutex = threading.Lock()
+    global _registry_mutex, _pid
+    _registry_mutex, _pid = threading.Lock(), os.getpid()
     for held in list(_renewed):
         held.renew_after_fork()
 

@@ -14,7 +14,7 @@ from . import header as at
 from .errors import CLOSED, CorruptionError, NotFoundError, error
 from .header import MASK32
 from .lock import lock_of, renew_after_fork
-from .page import Damaged, key_hash, probe
+from .page import Damaged, locations
 
 if TYPE_CHECKING:
     import mmap
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .files import Directory, File, Identity
+    from .header import Words
     from .keydir import Keydir
     from .manifest import Entry, Manifest
 
@@ -76,6 +77,7 @@ class Log:
     keydir: Keydir
     active: File
     held: tuple[dict[int, Entry], Entry, File]  # the segments, and the active one with its file
+    shared_generation: Words  # of the active segment: one word
     get: Callable[[bytes], bytes | None]
 
     def __init__(self, directory: Directory, options: Options = DEFAULT, *, write: bool = False) -> None:
@@ -89,11 +91,12 @@ class Log:
         self.entries: dict[int, Entry] = {}
         self.segments: dict[int, tuple[mmap.mmap, int]] = {}  # what is mapped, with its salt
         self.rows: dict[int, int] = {}
-        self.epoch = 0
+        self.epoch = self.generation = 0
         self.salt = 0  # of the active segment
         self.sealed_here: list[int] = []  # segments that this handle sealed: it writes their hints when it closes
         self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
-        self.beside: tuple[Identity | None, Identity | None] | None = None  # keydir and manifest as they were when an own one was built
+        self.beside: tuple[Identity | None, ...] | None = None  # `seen_beside` when an own keydir was built
+        self.passed_over: File | None = None  # the keydir that was not trusted: kept open, so that no other one gets its inode
         self.recover: Callable[..., None] = self._cannot_recover
         self.renew_after_fork()
         renew_after_fork(self)
@@ -115,12 +118,28 @@ class Log:
         growing = before.active.id if before.segments else 0
         kept = {number: held for number, held in list(self.segments.items()) if number in entries and number != growing}
         salt = fresh.active.salt
-        held = entries, fresh.active, active
+        held, generation = (entries, fresh.active, active), segment.map_generation(active)
         # Nothing is called from here on: a signal must not find half of it done.
-        self.held, self.active, self.entries, self.segments, self.salt, self.manifest = held, active, entries, kept, salt, fresh
+        self.held, self.active, self.entries, self.segments, self.salt = held, active, entries, kept, salt
+        self.shared_generation, self.manifest = generation, fresh
+
+    def is_current(self) -> bool:
+        """Whether no other handle has changed anything that has to be caught up with."""
+        return bool(self.keydir.words[at.EPOCH] == self.epoch and self.shared_generation[0] == self.generation)
+
+    def follow(self) -> None:
+        """Catch up with what other handles changed, without the lock: also with a keydir that another has taken the place of."""
+        self.refresh()
+        if not self.is_named():  # to be asked after the generation was read: who takes its place moves that before
+            self.recover(damaged=False)
+
+    def is_named(self) -> bool:
+        """Whether the keydir is what its name stands for; an own one needs none."""
+        named = self.directory.identity_of(names.KEYDIR)
+        return self.beside is not None or (named is not None and named[:2] == self.keydir.file.opened[:2])
 
     def refresh(self) -> None:
-        """Catch up with what other handles changed: the manifest, the size or the directory of the keydir, the keydir itself."""
+        """Catch up with the manifest and the keydir, its size and its directory; under the lock, too."""
         while not self._catch_up():
             self.recover(damaged=False)  # takes the lock, so that it must not be called under the mutex of `_catch_up`
 
@@ -144,8 +163,11 @@ class Log:
                 self.keydir.listed = self.entries
                 self.keydir.refresh()
                 self.rows = self.keydir.rows()
+                generation = self.shared_generation[0]
+                if files.fence:
+                    files.fence()
                 if words[at.EPOCH] == epoch:
-                    self.epoch = epoch
+                    self.epoch, self.generation = epoch, generation
                     self._bind()
                     return True
             raise error(f"{self.directory.name}: manifest and keydir do not agree; close and open the database again")
@@ -154,15 +176,18 @@ class Log:
         if self.keydir.words[at.DAMAGED] or self.beside is not None:
             self.get = self.slow_get
         else:
-            self.get = lookup.reader(self.keydir.table, self.epoch, self.segments, self.slow_get)
+            generation = self.shared_generation, self.generation
+            self.get = lookup.reader(self.keydir.table, self.epoch, generation, self.segments, self.slow_get)
 
     def look_beside(self) -> None:
         """Of a reader with a keydir of its own: whether a writer has come since, which makes one that all share."""
         if self.beside is not None and self.beside != self.seen_beside():
             self.recover(damaged=False)
 
-    def seen_beside(self) -> tuple[Identity | None, Identity | None]:
-        return self.directory.identity_of(names.KEYDIR), self.directory.identity_of(names.MANIFEST)
+    def seen_beside(self) -> tuple[Identity | None, ...]:
+        """What changes with whatever another handle does, as this reader saw it last."""
+        active = names.segment_name(self.manifest.active.id)
+        return tuple(self.directory.identity_of(name) for name in (names.KEYDIR, names.MANIFEST, active))
 
     def _cannot_recover(self, *, damaged: bool) -> None:
         del damaged
@@ -195,7 +220,9 @@ class Log:
         except OSError:
             return "another process"
         pid, since = (int.from_bytes(file.read(8, 8 * word), "little") for word in (at.HOLDER, at.HELD_SINCE))
-        return f"process {pid}, since {max(0, int(time()) - since)} s" if pid else "another process"
+        if not files.is_alive(pid):  # the one that has it has not come to write its name
+            return "another process"
+        return f"process {pid}, since {max(0, int(time()) - since)} s"
 
     # Reading records.
 
@@ -235,10 +262,11 @@ class Log:
                 raise Gone(self.directory.where(names.segment_name(entry.id))) from gone
         buffer = segment.map_segment(file, end)
         with self._refreshing:
-            while len(self.segments) >= self.maps:
-                del self.segments[next(iter(self.segments))]
+            segments = self.segments  # a rotation may put another one in its place
+            while len(segments) >= self.maps:
+                del segments[next(iter(segments))]
             if self.entries.get(entry.id) is entry:
-                self.segments[entry.id] = buffer, entry.salt
+                segments[entry.id] = buffer, entry.salt
         return buffer
 
     def read(self, location: int) -> record.Record:
@@ -281,14 +309,12 @@ class Log:
         """The location of a key, or None if it is not there. Right without the lock."""
         self.look_beside()
         while True:
-            words = self.keydir.words
-            if words[at.EPOCH] != self.epoch:
-                self.refresh()
+            if not self.is_current():
+                self.follow()
             epoch, table = self.epoch, self.keydir.table
             words = table.words
             try:
-                found = probe(table, key_hash(key, table.seed)).found
-                location = self._match(key, [words[slot] for slot in found])
+                location = self._match(key, locations(table, key))
             except Damaged:
                 if words[at.EPOCH] == epoch:
                     self.recover(damaged=True)
@@ -304,8 +330,8 @@ class Log:
                 self._require_undamaged(location or 0)
                 return location
 
-    def _match(self, key: bytes, locations: list[int]) -> int | None:
-        for location in locations:
+    def _match(self, key: bytes, candidates: list[int]) -> int | None:
+        for location in candidates:
             if location and location >> 32 in self.held[0]:
                 if self.peek(location).key == key:
                     return location
@@ -322,7 +348,7 @@ class Log:
         words = self.keydir.words
         while True:
             current = words[at.CURRENT]
-            other = current ^ at.COUNTERS_A ^ at.COUNTERS_B
+            other = current ^ at.OTHER
             tail, count = words[current + at.TAIL], words[current + at.COUNT]
             if tail >> 32 not in self.entries:
                 return 0, tail  # a `clear` died behind its commit
@@ -330,6 +356,8 @@ class Log:
                 prepared = words[other + at.COUNT], words[other + at.TAIL]
                 if self._is_published(tail):
                     count, tail = prepared
+            if files.fence:
+                files.fence()
             if words[at.CURRENT] == current:
                 return count, tail
 
@@ -337,21 +365,19 @@ class Log:
         """Whether the slot of the record at the tail has been stored already."""
         try:
             found = self.peek(tail)
-            table = self.keydir.table
-            slots = [table.words[slot] for slot in probe(table, key_hash(found.key, table.seed)).found]
+            slots = locations(self.keydir.table, found.key)
         except (CorruptionError, Damaged, Gone):
             return False
         return not slots if found.flags & record.TOMBSTONE else tail in slots
 
     def require_change(self, epoch: int, gone: Gone) -> None:
         """A listed segment is missing: somebody has just merged it away, or it is lost."""
-        named = self.directory.identity_of(names.KEYDIR)
-        if named is None or named[:2] != self.keydir.file.opened[:2]:
-            self.recover(damaged=False)  # the keydir was deleted, and others go by another one
+        if not self.is_named():
+            self.recover(damaged=False)
             return
         if self.keydir.words[at.EPOCH] == epoch:
             raise CorruptionError(str(gone), None, "the manifest lists this segment, and it is not there; restore it or run `repair`")
-        self.refresh()
+        self.follow()
 
 
 def _read_at(file: File, offset: int) -> bytes:

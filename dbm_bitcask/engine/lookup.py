@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
+from .files import fence
 from .header import BASE, EPOCH
 from .page import SLOT_MASK
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Mapping
 
+    from .header import Words
     from .page import Table
 
 __all__ = ["reader"]
@@ -30,10 +32,18 @@ _HEAD = struct.Struct("<QIIB")  # the beginning of a record's header, as far as 
 
 
 def reader(
-    table: Table, epoch: int, segments: Mapping[int, tuple[mmap.mmap, int]], slow: Callable[[bytes], bytes | None]
+    table: Table,
+    epoch: int,
+    generation: tuple[Words, int],
+    segments: Mapping[int, tuple[mmap.mmap, int]],
+    slow: Callable[[bytes], bytes | None],
 ) -> Callable[[bytes], bytes | None]:
-    """A function key -> value, or None if the key is not there. `segments` maps ids to (bytes, salt)."""
+    """A function key -> value, or None if the key is not there.
+
+    `generation` is the word of the active segment's header that holds it, and what it held; `segments` maps ids to (bytes, salt).
+    """
     words, directory, shift, seed, checked = table
+    header, generation_then = generation
     assert (BASE, SLOT_MASK) == (0x1FFFFFFFE00, 0x1FE)
     xxh3, unpack = xxh3_64_intdigest, _HEAD.unpack_from
 
@@ -41,7 +51,7 @@ def reader(
         hashed = xxh3(key, seed)
         index = hashed >> shift
         entry = directory[index]
-        if words[EPOCH] != epoch or not checked[index]:
+        if words[EPOCH] != epoch or header[0] != generation_then or not checked[index]:
             return slow(key)
         base = entry & 0x1FFFFFFFE00
         place = base | hashed & 0x1FE
@@ -64,6 +74,8 @@ def reader(
                     return slow(key)
         except (KeyError, IndexError, struct.error):
             return slow(key)
+        if fence:
+            fence()
         if directory[index] == entry and words[EPOCH] == epoch:
             return None
         return slow(key)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["MARKER", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode"]
+__all__ = ["MARKER", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer"]
 
 MARKER = b"dbm_bitcask\r\n\x1a\n\0"
 VERSION = 1
@@ -25,6 +25,7 @@ VERSION = 1
 _HEAD = struct.Struct("<16sIIQQ")
 _SEGMENT = struct.Struct("<QQQ")
 _CHECKSUM = struct.Struct("<Q")
+_SHORTEST = 32  # bytes of a sealed segment: those of its header
 
 
 class BadManifest(Exception):
@@ -61,6 +62,15 @@ def encode(manifest: Manifest) -> tuple[bytes, Manifest]:
     return body + _CHECKSUM.pack(checksum), manifest._replace(checksum=checksum)
 
 
+def is_newer(data: bytes) -> bool:
+    """Whether this is a whole manifest of a newer format, and not a damaged one."""
+    if len(data) < _HEAD.size + _CHECKSUM.size:
+        return False
+    marker, version, *_ = _HEAD.unpack_from(data)
+    body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
+    return bool(marker == MARKER and version > VERSION and checksum == _CHECKSUM.pack(xxh3_64_intdigest(body)))
+
+
 def decode(data: bytes) -> Manifest:
     """The manifest in `data`; `BadManifest` if it is damaged, foreign, or of a newer format."""
     if len(data) < _HEAD.size + _CHECKSUM.size:
@@ -85,5 +95,5 @@ def _require_order(segments: tuple[Entry, ...], next_id: int) -> None:
     ids = [entry.id for entry in segments]
     if not ids or ids != sorted(set(ids)) or not 0 < ids[0] <= ids[-1] < next_id <= 2**32:
         raise BadManifest("its segments are out of order")
-    if segments[-1].length or not all(entry.length for entry in segments[:-1]):
+    if segments[-1].length or any(entry.length < _SHORTEST for entry in segments[:-1]):
         raise BadManifest("not exactly its last segment is active")

@@ -11,6 +11,7 @@ import secrets
 __all__ = [
     "KEYDIR",
     "MANIFEST",
+    "damaged_name",
     "hint_name",
     "is_temporary",
     "parse_segment",
@@ -57,6 +58,11 @@ def parse_hint(name: str) -> int | None:
 def temporary_name(name: str) -> str:
     """A fresh name to write a file under before it takes its place as `name`."""
     return f"{name}.{secrets.token_hex(8)}.tmp"
+
+
+def damaged_name(name: str) -> str:
+    """A fresh name for a file that `repair` sets aside: it is nobody's from then on."""
+    return f"{name}.{secrets.token_hex(4)}.damaged"
 
 
 def is_temporary(name: str) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from .files import fence
 from .header import BASE, MASK32, PAGE_WORDS, Words
 
 if TYPE_CHECKING:
@@ -64,6 +65,19 @@ class Probe(NamedTuple):
     page: int
 
 
+def locations(table: Table, key: bytes) -> list[int]:
+    """What the slots of a key's hash say. Without the lock, compare the epoch afterwards."""
+    hashed = key_hash(key, table.seed)
+    words, directory, index = table.words, table.directory, hashed >> table.shift
+    while True:
+        entry = directory[index]
+        found = [words[slot] for slot in probe(table, hashed).found]
+        if fence:
+            fence()
+        if directory[index] == entry:  # else the page may hold something else by now
+            return found
+
+
 def probe(table: Table, hashed: int) -> Probe:
     """Search the page of a hash. Without the lock, compare the epoch afterwards before believing that nothing was found."""
     words, directory, shift, _, checked = table
@@ -76,6 +90,8 @@ def probe(table: Table, hashed: int) -> Probe:
             result = _probe_page(words, (entry & BASE) // PAGE_WORDS, hashed)
         except IndexError:
             raise Damaged(f"directory entry {index} names a page that is not there") from None
+        if fence:
+            fence()
         if directory[index] == entry:
             return result
 

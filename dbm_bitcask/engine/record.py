@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "ALIGNMENT", "BATCH", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE", "ZLIB", "ZSTD",
-    "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "record_length",
+    "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
+    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "record_length",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")
-_BODY = struct.Struct("<IIBxHI")  # the header without its checksum
+BODY = struct.Struct("<IIBxHI")  # the header without its checksum
 _U64 = struct.Struct("<Q")
 CHECKSUM_SIZE = _U64.size
 ALIGNMENT = 8
@@ -59,7 +59,7 @@ SYNCED = 0x80
 EXTENDED = EXPIRES | ZLIB | ZSTD  # with these, `expiry` stands before the key
 
 _KNOWN = TOMBSTONE | EXTENDED | BATCH | SEAL | MARK | SYNCED
-_ZEROS = tuple(bytes(size) for size in range(ALIGNMENT))
+ZEROS = tuple(bytes(size) for size in range(ALIGNMENT))
 
 
 class BadRecord(Exception):
@@ -97,13 +97,13 @@ def record_length(flags: int, key_size: int, value_size: int) -> int:
 
 def encode(flags: int, key: bytes, value: bytes, seed: int, time: int, expiry: int = 0) -> bytes:
     """The bytes of a record for the place that `seed` (salt ^ offset) names; `time` in seconds, `expiry` in milliseconds."""
-    key_end = _BODY.size + len(key)
+    key_end = BODY.size + len(key)
     if flags & EXTENDED:
         key_end += _U64.size
         key = _U64.pack(expiry) + key
     size = key_end + len(value)
     padding = -size & 7
-    body = _BODY.pack(size + padding, key_end, padding, flags, time) + key + _ZEROS[padding] + value
+    body = BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding] + value
     return _U64.pack(xxh3_64_intdigest(body, seed)) + body
 
 
@@ -113,7 +113,7 @@ def decode_head(buffer: Buffer, offset: int) -> Head | None:
     if len(view) - offset < HEADER.size:
         return None
     _, size, key_end, padding, flags, _ = HEADER.unpack_from(view, offset)
-    key_start = _BODY.size + (_U64.size if flags & EXTENDED else 0)
+    key_start = BODY.size + (_U64.size if flags & EXTENDED else 0)
     if not key_start <= key_end <= key_end + padding <= size or size & 7:
         return None
     return Head(flags, CHECKSUM_SIZE + size, CHECKSUM_SIZE + key_start, CHECKSUM_SIZE + key_end)

@@ -2,7 +2,7 @@
 
 `ready` comes before every write. It compares three words and the size of the active segment, and does something only if
 
-    the EPOCH moved          another handle changed what this one holds: catch up
+    the EPOCH moved          another handle changed what this one holds: catch up; so if the generation of the active segment did
     the STATE is not DIRTY   begin to write on a resting or clean keydir, or finish what somebody died in
     the size is not TAIL     somebody died or failed between a record and its slot: `repair`
 
@@ -18,7 +18,9 @@ otherwise makes a new one from hints and records, beside the old one, which is l
     1. Read the whole log into a keydir under a temporary name.
     2. If the active segment has a torn tail, list it as sealed where its records end and start a new one: after a restart nothing is ever
        appended behind a cut, because the cut itself may be lost in the next crash while what was appended is not.
-    3. Give the new keydir its name. A crash before this leaves the old state for the next one.
+    3. Move the generation of the active segment, for those who map a keydir that has lost its name. A crash here makes them look for
+       one, once for nothing.
+    4. Give the new keydir its name. A crash before this leaves the old state for the next one.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ __all__ = [
     "open_private_keydir",
     "ready",
     "rebuild",
+    "require_sound",
     "take_keydir",
 ]
 
@@ -62,8 +65,8 @@ def ready(log: Log) -> None:
         words = log.keydir.words
         if words[at.STATE] == at.MOVED:
             open_keydir(log)
-        elif words[at.EPOCH] != log.epoch:
-            log.refresh()
+        elif not log.is_current():
+            _follow(log)
         elif words[at.STATE] != at.DIRTY:
             _begin(log)
         elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
@@ -73,17 +76,25 @@ def ready(log: Log) -> None:
             return
 
 
+def _follow(log: Log) -> None:
+    """Catch up, under the lock."""
+    log.refresh()
+    if not log.is_named():
+        open_keydir(log)
+
+
 def is_unfinished(log: Log) -> bool:
     """Whether somebody died in an operation."""
     words = log.keydir.words
+    if words[at.STATE] in (at.CLEAN, at.RESTING):
+        return False  # or it would not have been trusted
     return bool(words[at.STATE] == at.CHANGING or log.active.size() != log.keydir.counter(at.TAIL) & MASK32)
 
 
 def _begin(log: Log) -> None:
     words = log.keydir.words
     state = words[at.STATE]
-    if state == at.POISONED or words[at.POISON]:
-        raise error(f"{log.directory.name}: an earlier sync failed, so that data may be lost; close and open the database again")
+    require_sound(log)
     if state == at.CHANGING:
         _finish_change(log)
     elif state == at.CLEAN:
@@ -163,7 +174,7 @@ def _publish(log: Log, tail: int, found: record.Record) -> None:
     words = log.keydir.words
     end = (tail & -(MASK32 + 1)) | found.end
     length = end - tail
-    other = words[at.CURRENT] ^ at.COUNTERS_A ^ at.COUNTERS_B
+    other = words[at.CURRENT] ^ at.OTHER
     checksum = int.from_bytes(log.active.read(record.CHECKSUM_SIZE, tail & MASK32), "little")
     prepared = (words[other + at.START], words[other + at.TAIL], words[other + at.CHECKSUM]) == (tail, end, checksum)
     if found.flags & MARK:
@@ -206,7 +217,7 @@ def take_keydir(log: Log) -> bool:
     log.keydir = Keydir(file, words, write=log.write)
     log.beside = None
     log.refresh()
-    return True
+    return log.write or log.is_named()  # under the lock nobody puts another one in its place
 
 
 def _fits_log(log: Log, words: at.Words) -> bool:
@@ -219,7 +230,7 @@ def _fits_log(log: Log, words: at.Words) -> bool:
         if words[at.CURRENT] == current:
             break
     entry = log.entries.get(tail >> 32)
-    if entry is None:
+    if entry is None or (entry != log.manifest.active and words[at.STATE] != at.CHANGING):
         return bool(words[at.STATE] == at.CHANGING)
     file = log.active if entry == log.manifest.active else segment.open_segment(log.directory, entry)
     size, offset = file.size(), tail & MASK32
@@ -227,13 +238,29 @@ def _fits_log(log: Log, words: at.Words) -> bool:
         return False  # nobody was writing, and yet the log went on: this keydir is older
     if start >> 32 != entry.id:
         return True
-    return file.read(record.CHECKSUM_SIZE, start & MASK32) == checksum.to_bytes(record.CHECKSUM_SIZE, "little")
+    header = file.read(record.HEADER.size, start & MASK32)
+    if not header.startswith(checksum.to_bytes(record.CHECKSUM_SIZE, "little")):
+        return False
+    head = record.decode_head(header, 0)
+    # Either the tail is wrong, and would have good records cut off, or the record is damaged, which whoever reads it is told.
+    return head is None or start + head.length == tail or not _is_whole(file, start & MASK32, head.length, entry.salt)
 
 
-def open_private_keydir(log: Log) -> None:
-    """Give the handle of a reader a keydir of its own, in a file outside the database."""
-    log.beside = log.seen_beside()
-    log.adopt(read_manifest(log.directory))
+def _is_whole(file: File, offset: int, length: int, salt: int) -> bool:
+    try:
+        return record.decode(file.read(length, offset), 0, salt ^ offset) is not None
+    except record.BadRecord:
+        return False
+
+
+def open_private_keydir(log: Log, named: File | None) -> None:
+    """Give the handle of a reader a keydir of its own, in a file outside the database, for `named` is not to be trusted."""
+    while True:
+        log.adopt(read_manifest(log.directory))
+        log.passed_over = named
+        log.beside = named.opened if named else None, *log.seen_beside()[1:]  # one that came since is to be looked at
+        if read_manifest(log.directory).checksum == log.manifest.checksum:  # else what was seen is not what belongs to this manifest
+            break
     end = _end_of_active(log)
     keydir = _build(log, files.temporary_file(), end)
     _bind(log, keydir, end)
@@ -246,7 +273,7 @@ def rebuild(log: Log) -> None:
     files.refuse_remote(log.directory)
     log.adopt(read_manifest(log.directory))
     end = _end_of_active(log)
-    torn = end < log.active.size()
+    active, torn = log.active, end < log.active.size()
     temporary = names.temporary_name(names.KEYDIR)
     file = log.directory.create(temporary, log.mode)
     try:
@@ -254,7 +281,8 @@ def rebuild(log: Log) -> None:
         if torn:
             end = _leave_torn_segment(log, keydir, end)
         _bind(log, keydir, end)
-        _mark_moved(log)
+        if not _mark_moved(log):
+            segment.move_generation(active)
         log.directory.replace(temporary, names.KEYDIR)
     except BaseException:
         log.directory.remove(temporary)
@@ -282,6 +310,12 @@ def is_poisoned(log: Log) -> bool:
     return bool(log.keydir.words[at.POISON])
 
 
+def require_sound(log: Log) -> None:
+    """Raise if a sync failed since the database was opened last."""
+    if is_poisoned(log):
+        raise error(f"{log.directory.name}: an earlier sync failed, so that data may be lost; close and open the database again")
+
+
 def heal(log: Log) -> None:
     """Make durable what a failed sync has left in doubt. The file is never synced again: the kernel may call dropped pages written.
 
@@ -290,7 +324,6 @@ def heal(log: Log) -> None:
     2. Sync the new segment, and list the old one as it ends at the last good sync. If something behind it cannot be read, the old one
        stays listed as it is: the damage is reported by whoever reads it.
     """
-    words = log.keydir.words
     _finish_change(log)  # the failed sync may have been that of a commit
     words = log.keydir.words
     while _publish_next(log):
@@ -327,19 +360,24 @@ def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:
     return segment.FIRST_RECORD
 
 
-def _mark_moved(log: Log) -> None:
-    """Tell those who map the keydir of this name that another one takes its place. A backup's link of it is not trusted anyway."""
+def _mark_moved(log: Log) -> bool:
+    """Tell those who map the keydir of this name that another one takes its place: False if it is not there, or not the one they map.
+
+    A backup's link of it is not trusted anyway.
+    """
     try:
         file = log.directory.open(names.KEYDIR, write=True)
     except OSError:
-        return
+        return False
     identity = file.opened
     if identity.size < 4 * PAGE_SIZE:
-        return
+        return False
     words = map_words(file, identity.size, write=True)
-    if words[at.MAGIC] == at.MAGIC_WORD and words[at.INODE] == identity.inode:
-        words[at.STATE] = at.MOVED
-        words[at.EPOCH] += 1
+    if words[at.MAGIC] != at.MAGIC_WORD or words[at.INODE] != identity.inode:
+        return False
+    words[at.STATE] = at.MOVED
+    words[at.EPOCH] += 1
+    return True
 
 
 def _bind(log: Log, keydir: Keydir, end: int) -> None:

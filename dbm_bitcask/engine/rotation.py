@@ -70,8 +70,7 @@ def leave(log: Log, *, sync: bool) -> None:
 
 def relist(log: Log, victim: int, replacement: tuple[Entry, ...] = ()) -> None:
     """Commit a manifest with another entry, or none, in the place of a sealed segment; unlink its files if there is none."""
-    if read_manifest(log.directory).checksum != log.manifest.checksum:
-        raise Damaged("the manifest is not the one that this keydir belongs to")
+    _require_own_manifest(log)
     kept = tuple(new for entry in log.manifest.segments for new in (replacement if entry.id == victim else (entry,)))
     temporary, listed = write_manifest(log.directory, log.manifest._replace(number=log.manifest.number + 1, segments=kept), log.mode)
     commit(log, temporary, listed)
@@ -84,9 +83,14 @@ def _tail_offset(log: Log) -> int:
     return log.keydir.counter(at.TAIL) & MASK32
 
 
-def _new_segment(log: Log) -> Entry:
+def _require_own_manifest(log: Log) -> None:
+    """Commit nothing over the list of those who go by another keydir."""
     if read_manifest(log.directory).checksum != log.manifest.checksum:
         raise Damaged("the manifest is not the one that this keydir belongs to")
+
+
+def _new_segment(log: Log) -> Entry:
+    _require_own_manifest(log)
     fresh = Entry(log.manifest.next_id, secrets.randbits(64), 0)
     log.keydir.add_row(fresh.id)  # before the commit: it may need space
     segment.create(log.directory, fresh, log.mode)
@@ -136,7 +140,7 @@ def _enter(log: Log, old_tail: int, new_tail: int) -> None:
     keydir.add_row(new_tail >> 32)
     rows, words = keydir.rows(), keydir.words
     current = words[at.CURRENT]
-    other = current ^ at.COUNTERS_A ^ at.COUNTERS_B
+    other = current ^ at.OTHER
     row = rows.get(old_tail >> 32, 0)
     if not (words[other + at.START] == old_tail and words[other + at.TAIL] == new_tail):
         words[other + at.START] = 0

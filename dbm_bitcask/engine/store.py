@@ -21,11 +21,13 @@ from .header import PAGE_SIZE
 from .log import Gone, Log, Options, read_manifest
 from .manifest import MARKER, Entry, Manifest
 from .page import SLOTS, Damaged
-from .record import ALIGNMENT, EXPIRES, LIMIT, TOMBSTONE, record_length
+from .record import ALIGNMENT, EXPIRES, LIMIT, record_length
 from .syncer import Syncer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from .files import File
 
 __all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database"]
 
@@ -34,6 +36,7 @@ Result = TypeVar("Result")
 _PAGES_A_SLICE = 256  # pages that are sealed under one hold of the lock
 _CLEAN_KEYS = 100_000  # below this a rebuild after a restart is faster than it is noticed: no clean mark, so no fsync for it
 _CLEAN_EVERY = 60.0  # seconds
+_TRIES = 1000  # more than the commits that can come while a reader opens
 _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew by a merge
 
 MINIMUM_SEGMENT = 4096
@@ -105,6 +108,7 @@ class Store:
         directory = _directory(path, create=create, mode=options.mode)
         store = cls(Log(directory, options, write=True), sync)
         store._under_lock(store._open, create)
+        store.syncer.start()
         return store
 
     @classmethod
@@ -114,6 +118,7 @@ class Store:
         directory = _directory(path, create=True, mode=options.mode)
         store = cls(Log(directory, options, write=True), sync)
         store._under_lock(store._replace)
+        store.syncer.start()
         return store
 
     def _open(self, log: Log, create: bool) -> None:
@@ -166,6 +171,7 @@ class Store:
             pass  # what is not readable need not be read
         if log.manifest.segments and log.active.identity().links == 1:
             rotation.seal_behind(log, log.active.size())  # for whoever still writes there by a keydir that is gone
+            segment.move_generation(log.active)  # and for whoever reads
         above = [names.parse_segment(name) or names.parse_hint(name) or 0 for name in present]
         self._create(max(old.next_id, *above) + 1, old.number + 1)
 
@@ -181,18 +187,26 @@ class Store:
     def _find_keydir(self) -> None:
         """Of a reader: the shared keydir if it can be trusted, else one of its own."""
         log = self.log
-        for _ in range(3):  # a writer may be opening, too
-            log.adopt(read_manifest(log.directory))
-            if recovery.take_keydir(log):
-                return
-        recovery.open_private_keydir(log)
+        for turn in range(_TRIES):
+            listed, named = read_manifest(log.directory), _named_keydir(log)
+            try:
+                log.adopt(listed)
+                if recovery.take_keydir(log):
+                    return
+                if turn > 1:  # else a writer may be opening it at this moment
+                    recovery.open_private_keydir(log, named)
+                    return
+            except (FileNotFoundError, Gone):
+                if read_manifest(log.directory).checksum == listed.checksum:
+                    raise
+        raise error(f"{log.directory.name}: the list of segments changes faster than it can be read")
 
     def _recover(self, *, damaged: bool) -> None:
         """The keydir was found damaged, or replaced, while it was mapped."""
         if self.log.write:
             self._under_lock(_recover_keydir)
         elif damaged:
-            recovery.open_private_keydir(self.log)
+            recovery.open_private_keydir(self.log, _named_keydir(self.log))
         else:
             self._find_keydir()
 
@@ -226,10 +240,10 @@ class Store:
         log = self.log
         log.look_beside()
         while True:
-            words = log.keydir.words
-            if words[at.EPOCH] != log.epoch:
-                log.refresh()
+            if not log.is_current():
+                log.follow()
                 continue
+            words = log.keydir.words
             count, _ = log.published()
             if words[at.EPOCH] == log.epoch:
                 return count
@@ -243,7 +257,7 @@ class Store:
         if location >> 32 in self.log.entries:
             try:
                 return self.log.read(location).value
-            except (Gone, KeyError):
+            except Gone:
                 pass
         return self.log.get(key)
 
@@ -306,7 +320,7 @@ class Store:
     def popitem(self) -> tuple[bytes, bytes] | None:
         """Delete some key, and return it with its value; None if there is none. A loop of these is linear in all."""
         while len(self):
-            for key, location in walk.walk(self.log, self._popped):
+            for key, location in walk.walk(self.log, self._popped, hold=False):
                 self._popped = location
                 value = self.pop(key)
                 if value is not None:
@@ -337,8 +351,6 @@ class Store:
 
     def sync(self) -> None:
         """Make everything that has been written durable (fdatasync)."""
-        if recovery.is_poisoned(self.log):
-            recovery.ready(self.log)  # which says so
         self.syncer.sync()
 
     def close(self) -> None:
@@ -452,37 +464,34 @@ def _refuse_foreign(directory: Directory, present: list[str]) -> None:
 def _is_ours(directory: Directory, name: str) -> bool:
     if names.is_temporary(name) or names.parse_hint(name):
         return True
-    markers = {names.KEYDIR: at.MAGIC_WORD.to_bytes(8, "little")}
     if names.parse_segment(name):
-        markers[name] = segment.MARKER
-    if name not in markers:
-        return False
-    head = directory.open(name).read(8, 0)
-    return head in (markers[name], b"", bytes(8))
+        file = directory.open(name)
+        # A crash may have left anything in the place of a header; and more than that is not there without a record.
+        return file.opened.size <= segment.FIRST_RECORD or file.read(len(segment.MARKER), 0) == segment.MARKER
+    return name == names.KEYDIR and directory.open(name).read(8, 0) in (at.MAGIC_WORD.to_bytes(8, "little"), b"", bytes(8))
 
 
 def _refuse_lost_manifest(directory: Directory, present: list[str]) -> None:
     """A directory without a manifest is a creation that was cut short, but only if no segment in it holds a record."""
     for name in present:
-        if names.parse_segment(name):
-            status = directory.identity_of(name)
-            if status is not None and status.size > segment.FIRST_RECORD:
-                raise CorruptionError(
-                    directory.where(names.MANIFEST), None, "it is missing, and there are segments with records; run `repair`"
-                )
+        number = names.parse_segment(name)
+        if number is not None and segment.has_records(directory, number):
+            raise CorruptionError(directory.where(names.MANIFEST), None, "it is missing, and there are segments with records; run `repair`")
 
 
 def _refuse_other_lineage(directory: Directory, listed: Manifest, present: list[str]) -> None:
     for name in present:
         number = names.parse_segment(name) or 0
-        if number > listed.next_id or (number == listed.next_id and _has_records(directory, name)):
+        if number >= listed.next_id and segment.has_records(directory, number):
             reason = f"segment {name} is newer than this manifest, which seems to be restored; nothing was changed; run `repair`"
             raise CorruptionError(directory.where(names.MANIFEST), None, reason)
 
 
-def _has_records(directory: Directory, name: str) -> bool:
-    status = directory.identity_of(name)
-    return status is not None and status.size > segment.FIRST_RECORD
+def _named_keydir(log: Log) -> File | None:
+    try:
+        return log.directory.open(names.KEYDIR)
+    except FileNotFoundError:
+        return None
 
 
 def _recover_keydir(log: Log) -> None:
@@ -501,8 +510,7 @@ def _pop(log: Log, key: bytes) -> bytes | None:
     if not place.location:
         return None
     value = log.read(place.location).value
-    start, length, checksum = write.append(log, TOMBSTONE, key, b"")
-    write.publish(log, place, start, length, checksum, flags=TOMBSTONE)
+    write.bury(log, place, key)
     return value
 
 

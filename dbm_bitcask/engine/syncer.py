@@ -3,22 +3,27 @@
     never      at `sync`, `close` and rotation only
     seconds    a thread syncs, and no write waits for the disk: whatever is not durable in this database, whoever wrote it, so that what a
                process left that died is taken over by the thread of another
-    always     every write waits; writers that wait at the same time share one sync
+    always     every write waits; writers that wait at the same time share one sync, whatever their threads and processes: one syncs, the
+               others queue behind it, and the first of them to come next syncs for all who have written meanwhile
 
 SYNCED_TO in the header says how far the log is durable. It only ever says too little: two syncs that end at once may store it in the
-wrong order, and the price is one more sync.
+wrong order, and the price is one more sync. That is also the price of losing the place in the queue, which is a record lock on the keydir:
+a process loses it whenever it closes another descriptor of that file.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from . import header as at
-from .lock import renew_after_fork
+from . import recovery
+from .lock import POLL, renew_after_fork
 
 if TYPE_CHECKING:
+    from .files import File
     from .log import Log
 
 __all__ = ["Syncer"]
@@ -35,18 +40,24 @@ class Syncer:
         renew_after_fork(self)
 
     def renew_after_fork(self) -> None:
-        """Also in a child: threads are not inherited, and a mutex as it was in the parent."""
+        """Also in a child: threads are not inherited, and a mutex or an event as it was in the parent."""
         self._mutex = threading.RLock()
+        was_stopped = self._stopped.is_set()
+        self._stopped = threading.Event()
+        if was_stopped:
+            self._stopped.set()
         self._thread: threading.Thread | None = None
 
     def sync(self) -> None:
         """Make everything that has been written so far durable (fdatasync)."""
         log = self._log
-        if log.keydir.words[at.EPOCH] != log.epoch:
-            log.refresh()
+        if not log.is_current():
+            log.follow()
         file, active = log.active, log.manifest.active.id
         tail = log.keydir.counter(at.TAIL)
+        recovery.require_sound(log)
         log.durable(file.sync_contents)
+        recovery.require_sound(log)  # another sync may have failed at the same time: the kernel tells only one of them
         if tail >> 32 == active:  # else the rotation synced it
             log.keydir.words[at.SYNCED_TO] = tail
 
@@ -55,12 +66,35 @@ class Syncer:
         if self.interval == 0:
             end = self._log.keydir.counter(at.TAIL)
             with self._mutex:
-                if self._log.keydir.words[at.SYNCED_TO] < end:
-                    self.sync()
-        elif self.interval is not None and self._thread is None:
-            self._start()
+                self._sync_to(end)
+        else:
+            self.start()
 
-    def _start(self) -> None:
+    def _sync_to(self, end: int) -> None:
+        queue = self._log.keydir.file
+        try:
+            self._queue_up(queue)
+            if self._log.keydir.words[at.SYNCED_TO] < end:
+                self.sync()
+        finally:
+            with suppress(OSError):
+                queue.unlock()  # harmless if it was not taken
+
+    def _queue_up(self, queue: File) -> None:
+        """Wait until nobody else syncs, at most as long as for the writer lock: then this one syncs, too."""
+        with suppress(OSError):  # the kernel sees a deadlock where two databases are synced by two threads of two processes
+            if self._log.timeout is None:
+                queue.lock()
+                return
+            deadline = monotonic() + self._log.timeout
+            while not queue.try_lock() and monotonic() < deadline:
+                sleep(POLL)
+
+    def start(self) -> None:
+        """Have a thread sync every few seconds, if that is asked for: from the opening on, for what others left that died."""
+        running = self._thread is not None
+        if running or not self.interval:
+            return
         with self._mutex:
             if self._thread is None and not self._stopped.is_set():
                 self._thread = threading.Thread(target=self._sync_for_ever, name="dbm_bitcask sync", daemon=True)

@@ -7,10 +7,8 @@ A walk covers the log up to the tail T at its start, and asks the keydir about e
     the slot is before T                 skip it: the walk comes there, or was there
     the slot is at T or beyond           overwritten, or moved by a merge, since: yield the key once, and remember that
 
-So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments stay open
-until they have been walked, so that a merge does not take them away; of more segments than a fourth of the descriptors that the process
-may have, the last ones are opened when their turn comes, and it is an `error` if one is gone by then. Memory: only keys that moved beyond
-T are remembered.
+So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments are mapped
+until they have been walked, so that a merge does not take them away. Memory: only keys that moved beyond T are remembered.
 """
 
 from __future__ import annotations
@@ -21,10 +19,9 @@ from xxhash import xxh3_64_intdigest
 
 from . import contents, record, segment
 from . import header as at
-from .errors import error
 from .header import BASE, MASK32
 from .log import Gone
-from .page import Damaged, key_hash, probe
+from .page import Damaged, locations
 from .record import BATCH, CHECKSUM_SIZE, EXTENDED, HEADER, TOMBSTONE
 
 if TYPE_CHECKING:
@@ -41,18 +38,25 @@ __all__ = ["walk"]
 _SKIPPED = contents.OVERHEAD | TOMBSTONE
 
 
-def walk(log: Log, start: int = 0) -> Iterator[tuple[bytes, int]]:
+def walk(log: Log, start: int = 0, *, hold: bool = True) -> Iterator[tuple[bytes, int]]:
     """Every present key with a location of its record, from location `start` on. O(bytes of hints, or of records without one).
 
+    Without `hold`, for those who want the first keys only, a segment is opened when its turn comes, and the walk ends if it is gone.
     Where records are damaged, every key that can be read is yielded first; then `CorruptionError` tells of the others.
     """
     log.look_beside()
-    tail, segments = _hold(log, start)
+    tail, segments = _hold(log, start, hold=hold)
     moved: set[bytes] = set()
     damage = log.keydir.words[at.DAMAGED]
     segments.reverse()
     while segments:
         held = segments.pop()
+        epoch = log.epoch
+        try:
+            held.open()
+        except Gone as gone:
+            log.require_change(epoch, gone)
+            return
         first = start & MASK32 if start >> 32 == held.entry.id else segment.FIRST_RECORD
         yield from _walk_segment(log, held, first, tail, moved)
         damage = damage or (held.entry.id << 32 | held.damage[0] if held.damage else 0)
@@ -60,21 +64,21 @@ def walk(log: Log, start: int = 0) -> Iterator[tuple[bytes, int]]:
         raise log.corrupt(damage, "keys were lost here; all others have been listed; run `repair`")
 
 
-def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
+def _hold(log: Log, start: int, *, hold: bool) -> tuple[int, list[Held]]:
     """The tail, and the segments from `start` up to it, all of one moment."""
     while True:
-        if log.keydir.words[at.EPOCH] != log.epoch:
-            log.refresh()
+        if not log.is_current():
+            log.follow()
         epoch, (entries, growing, active) = log.epoch, log.held
         _, tail = log.published()
         try:
             held = [
-                _hold_active(entry, active, tail) if entry is growing else Held(log, entry, entry.length)
+                _hold_active(log, entry, active, tail) if entry is growing else Held(log, entry, entry.length)
                 for entry in entries.values()
                 if start >> 32 <= entry.id <= tail >> 32
             ]
-            for segment_held in held[: log.maps]:
-                segment_held.open()
+            for number, segment_held in enumerate(held if hold else ()):
+                segment_held.open(one_of_many=number >= log.maps)
         except Gone as gone:
             log.require_change(epoch, gone)
             continue
@@ -82,9 +86,9 @@ def _hold(log: Log, start: int) -> tuple[int, list[Held]]:
             return tail, held
 
 
-def _hold_active(entry: Entry, file: File, tail: int) -> Held:
-    held = Held(None, entry, tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD)
-    held.file = file
+def _hold_active(log: Log, entry: Entry, file: File, tail: int) -> Held:
+    held = Held(log, entry, tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD)
+    held.buffer = segment.map_segment(file, held.end)
     return held
 
 
@@ -98,7 +102,7 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
         if flags & _SKIPPED:
             continue
         if words[at.EPOCH] != epoch:
-            log.refresh()
+            log.follow()
             epoch, (words, directory, shift, seed, checked) = log.epoch, log.keydir.table
             listed = held.entry.id in log.entries
         location = base | offset
@@ -147,52 +151,46 @@ def _slots(log: Log, key: bytes) -> list[int]:
     while True:
         epoch, table = log.epoch, log.keydir.table
         try:
-            slots = [table.words[slot] for slot in probe(table, key_hash(key, table.seed)).found]
+            slots = locations(table, key)
         except Damaged:
             if table.words[at.EPOCH] == epoch:
                 log.recover(damaged=True)
             else:
-                log.refresh()
+                log.follow()
             continue
         if table.words[at.EPOCH] == epoch == log.epoch:
             return [location for location in slots if location >> 32 in log.entries]
-        log.refresh()
+        log.follow()
 
 
 class Held:
-    """A segment that a walk keeps open, up to the end that it had when the walk began."""
+    """A segment that a walk keeps mapped, up to the end that it had when the walk began."""
 
-    def __init__(self, log: Log | None, entry: Entry, end: int) -> None:
+    def __init__(self, log: Log, entry: Entry, end: int) -> None:
         self.entry = entry
         self.end = end
-        self.file: File | None = None
-        self.hint: Buffer | None = None
+        self.buffer: Buffer | None = None
         self.damage: list[int] = []  # offsets
-        self._log = log
+        self._directory = log.directory
 
-    def open(self) -> File:
-        """Open the segment, and its hint if it has one that can be used."""
-        if self.file is None:
-            assert self._log is not None
-            try:
-                self.file = segment.open_segment(self._log.directory, self.entry)
-            except FileNotFoundError as missing:
-                raise Gone(str(missing.filename)) from missing
-            self.hint = contents.mapped_hint(self._log.directory, self.entry)
-        return self.file
+    def open(self, *, one_of_many: bool = False) -> None:
+        """Map the segment; `Gone` if it is not there."""
+        if self.buffer is not None:
+            return
+        try:
+            file = segment.open_segment(self._directory, self.entry)
+        except FileNotFoundError as missing:
+            raise Gone(str(missing.filename)) from missing
+        self.buffer = segment.map_one_of_many(file, self.end) if one_of_many else segment.map_segment(file, self.end)
 
     def keys(self, first: int) -> Iterator[tuple[int, int, bytes]]:
         """(offset, flags, key) of each record from `first` on, from the hint or verified; what does not verify is noted as damage."""
-        try:
-            self.buffer: Buffer = segment.map_segment(self.open(), self.end)
-        except Gone as gone:
-            raise error(f"{gone} was merged away before the iteration came to it; allow more open files, or start anew") from gone
-        if self.hint is not None and first == segment.FIRST_RECORD:
-            return contents.hinted_keys(self.hint)
-        return self._raw_keys(first)
+        hint = contents.mapped_hint(self._directory, self.entry) if first == segment.FIRST_RECORD else None
+        return self._raw_keys(first) if hint is None else contents.hinted_keys(hint)
 
     def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes]]:
         unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
+        assert self.buffer is not None
         data, salt, end = memoryview(self.buffer), self.entry.salt, self.end
         last = end - size
         while offset < end:
@@ -202,7 +200,7 @@ class Held:
             # Every record, for the length of a damaged one may lead past a good one to another good one.
             if after > end or length < size - CHECKSUM_SIZE or xxh3(data[body:after], salt ^ offset) != checksum:
                 self.damage.append(offset)
-                offset = segment.next_valid(self.buffer, salt, offset + record.ALIGNMENT, end) or end
+                offset = segment.next_valid(data, salt, offset + record.ALIGNMENT, end) or end
                 continue
             start = offset + size
             if flags & BATCH:

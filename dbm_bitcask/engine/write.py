@@ -21,22 +21,21 @@ from xxhash import xxh3_64_intdigest
 from . import header as at
 from . import record, rotation
 from .errors import CorruptionError
-from .header import BASE, COUNT, CURRENT, DIRTY, EPOCH, HELD_SINCE, HOLDER, MASK32, START, STATE, SYNCED_TO, TOMBSTONES
+from .files import fence
+from .header import BASE, COUNT, CURRENT, DIRTY, EPOCH, HELD_SINCE, HOLDER, MASK32, OTHER, START, STATE, SYNCED_TO, TOMBSTONES
 from .log import Gone
 from .page import FULL, PAGE_CHECKSUM, PAGE_COUNTS, SLOT_MASK, key_hash, probe
-from .record import SYNCED, TOMBSTONE
+from .record import BODY, CHECKSUM_SIZE, SYNCED, TOMBSTONE, ZEROS
 from .segment import FIRST_RECORD
 
 if TYPE_CHECKING:
     from .log import Log
 
-__all__ = ["Place", "append", "delete", "keep", "locate", "mark", "publish", "publish_mark", "put", "put_new", "settle"]
+__all__ = ["Place", "append", "bury", "delete", "keep", "locate", "mark", "publish", "publish_mark", "put", "put_new", "settle"]
 
 _COUNTERS = struct.Struct("<6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
-_BODY = struct.Struct("<IIBxHI")
-_ZEROS = tuple(bytes(size) for size in range(8))
-_OTHER = at.COUNTERS_A ^ at.COUNTERS_B
+_KEY_START = BODY.size
 
 
 class Place(NamedTuple):
@@ -86,7 +85,7 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     words, directory, shift, seed, checked = log.keydir.table
     hashed = xxh3_64_intdigest(key, seed)
     index = hashed >> shift
-    if words[EPOCH] != log.epoch or words[STATE] != DIRTY or not checked[index]:
+    if words[EPOCH] != log.epoch or log.shared_generation[0] != log.generation or words[STATE] != DIRTY or not checked[index]:
         return False
     base = directory[index] & BASE
     slot = first = base | hashed & SLOT_MASK
@@ -98,28 +97,33 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     current = words[CURRENT]
     tail = words[current]
     offset = tail & MASK32
-    key_end = 16 + len(key)
+    key_end = _KEY_START + len(key)
     size = key_end + len(value)
     padding = -size & 7
     size += padding
-    end = offset + 8 + size
+    length = CHECKSUM_SIZE + size
+    end = offset + length
     active = log.active
     if active.size() != offset or end > log.segment_size or counts & 0xFFFF >= FULL or words[base + PAGE_CHECKSUM] or not hashed:
         return False
     flags = SYNCED if words[SYNCED_TO] == tail else 0
     now = int(time())
     words[HOLDER], words[HELD_SINCE] = log.lock.pid, now
-    body = _BODY.pack(size, key_end, padding, flags, now) + key + _ZEROS[padding] + value
+    body = BODY.pack(size, key_end, padding, flags, now) + key + ZEROS[padding] + value
     checksum = xxh3_64_intdigest(body, log.salt ^ offset)
     done = active.pwrite(_U64.pack(checksum) + body, offset)
-    if done != size + 8:
+    if done != length:
         active.write((_U64.pack(checksum) + body)[done:], offset + done)
-    other = current ^ _OTHER
-    _COUNTERS.pack_into(words, other * 8, tail + 8 + size, words[current + COUNT] + 1, words[current + TOMBSTONES], checksum, 0, 0)
+    other = current ^ OTHER
+    _COUNTERS.pack_into(words, other * 8, tail + length, words[current + COUNT] + 1, words[current + TOMBSTONES], checksum, 0, 0)
+    if fence:
+        fence()
     words[other + START] = tail
     words[base + PAGE_COUNTS] = counts + 1
     words[slot] = hashed
     words[slot + 1] = tail
+    if fence:
+        fence()
     words[CURRENT] = other
     return True
 
@@ -136,9 +140,14 @@ def delete(log: Log, key: bytes) -> bool:
     place = locate(log, key, room=False)
     if not place.location:
         return False
+    bury(log, place, key)
+    return True
+
+
+def bury(log: Log, place: Place, key: bytes) -> None:
+    """Append a tombstone of a key, whether it is there or only older segments have something of it."""
     start, length, checksum = append(log, TOMBSTONE, key, b"")
     publish(log, place, start, length, checksum, flags=TOMBSTONE)
-    return True
 
 
 def keep(log: Log, location: int, found: record.Record) -> None:
@@ -186,8 +195,10 @@ def publish(log: Log, place: Place, start: int, length: int, checksum: int, *, f
         tombstones += length
     elif not place.location:
         count += 1
-    other = current ^ _OTHER
+    other = current ^ OTHER
     _COUNTERS.pack_into(words, other * 8, start + length, count, tombstones, checksum, row, dead)
+    if fence:
+        fence()
     words[other + at.START] = start
     settle(log, place, location, other)
 
@@ -200,6 +211,8 @@ def settle(log: Log, place: Place, location: int, prepared: int) -> None:
     row = words[prepared + at.ROW]
     if row:
         words[row] = words[prepared + at.DEAD]
+    if fence:
+        fence()
     words[at.CURRENT] = prepared
 
 
@@ -213,7 +226,7 @@ def publish_mark(log: Log, start: int, length: int, checksum: int) -> None:
     """Count an appended mark: its bytes are dead from the beginning."""
     words = log.keydir.words
     current = words[at.CURRENT]
-    other = current ^ _OTHER
+    other = current ^ OTHER
     row = log.rows[start >> 32] + at.ROW_DEAD
     if words[other + at.START] != start:
         count, tombstones = words[current + at.COUNT], words[current + at.TOMBSTONES]
