@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "rfu", "wfu", "cfu", "nfu", "rsu", "wsu", "csu", "nsu", "ruf", "wuf", "cuf", "nuf", "rus", "wus", "cus", "nus",
     ]  # fmt: skip
     Sync: TypeAlias = Literal["never", "always"] | float
+    Files: TypeAlias = Literal["auto", "native", "portable"]
 
 __all__ = ["Database", "open", "whichdb"]
 
@@ -44,6 +45,7 @@ def open(
     sync: Sync = _BY_DEFAULT,
     segment_size: int = 64 * 2**20,
     timeout: float | None = None,
+    files: Files = "auto",
 ) -> Database:
     """Open the database at `file`, a directory. Any number of processes and threads may have it open, and write.
 
@@ -57,6 +59,10 @@ def open(
     `segment_size` is the size in bytes, at least 4096, from which on a data file is closed and a new one begun. `timeout` is how many
     seconds a change waits for another writer before it raises `LockTimeout`; None is for ever.
 
+    `files` is "native" (memory maps; 64-bit CPython on POSIX, a local file system), "portable" (the same data files by plain reads: for
+    Windows, 32 bits, PyPy and network file systems; one process writes at a time, for as long as it has the database open; an open reads
+    all keys, which then take memory; a fork does not share the handle) or "auto", the first that can be had.
+
     Raises `error`; where there is no database and none is to be created, it is a FileNotFoundError, too; for an unknown flag a ValueError.
     O(1), after a restart of the machine at most O(keys).
     """
@@ -66,18 +72,22 @@ def open(
         raise ValueError(f"segment_size must be from {MINIMUM_SEGMENT} to {MAXIMUM_SEGMENT} bytes, not {segment_size!r}")
     if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout must be a number of seconds, not {timeout!r}")
+    if files not in ("auto", "native", "portable"):
+        raise ValueError(f"files must be 'auto', 'native' or 'portable', not {files!r}")
     path = os.path.abspath(os.fsdecode(file))  # noqa: PTH100  (a later chdir must not change what messages say)
-    return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix), interval)
+    return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix, files), interval)
 
 
 def _open(path: str, letter: str, options: Options, interval: float | None) -> Database:
     try:
         if letter == "r":
-            store = Store.open_reader(path)
+            store = Store.open_reader(path, options)
         elif letter == "n":
             store = Store.open_new(path, options, interval)
         else:
             store = Store.open_writer(path, options, interval, create=letter == "c")
+    except error:
+        raise
     except OSError as failure:
         raise _as_error(failure, path) from failure
     # Pickled, a handle of flag n or c becomes one of flag w: it must not wipe what it is a handle of.
@@ -104,9 +114,7 @@ def _interval(flag: str, suffix: str, sync: Any) -> float | None:
 
 
 def _as_error(failure: OSError, path: str) -> error:
-    """Every failure of the operating system as one of ours."""
-    if isinstance(failure, error):
-        return failure
+    """A failure of the operating system as one of ours. Ours are left alone: raised from itself, an error would be a cycle."""
     name = path
     if isinstance(failure.filename, str):  # the files of a database are opened by the descriptor of their directory
         name = os.path.join(path, failure.filename)  # noqa: PTH118
@@ -191,6 +199,8 @@ class Database(MutableMapping[bytes, bytes]):
             key = _as_bytes(key, "keys")
         try:
             value = self._log.get(key)
+        except error:
+            raise
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
         if value is None:
@@ -207,6 +217,8 @@ class Database(MutableMapping[bytes, bytes]):
             key = _as_bytes(key, "keys")
         try:
             value = self._log.get(key)
+        except error:
+            raise
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
         return default if value is None else value
@@ -228,6 +240,8 @@ class Database(MutableMapping[bytes, bytes]):
             _require_size(len(key) + len(value))
         try:
             self._store.set(key, value)
+        except error:
+            raise
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
 
@@ -361,6 +375,8 @@ class Database(MutableMapping[bytes, bytes]):
     def _call(self, action: Callable[..., Default], *args: object) -> Default:
         try:
             return action(*args)
+        except error:
+            raise
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
 
@@ -371,6 +387,8 @@ class Database(MutableMapping[bytes, bytes]):
                 yield item
                 if self._store.closed:
                     raise error(CLOSED)
+        except error:
+            raise
         except OSError as failure:
             raise _as_error(failure, self._path) from failure
 

@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 import dbm_bitcask
+from dbm_bitcask.engine import portable
 from dbm_bitcask.engine.check import check
 
 OPTIONS = {
@@ -19,8 +20,10 @@ OPTIONS = {
     "always synced": {"sync": "always"},
 }
 
-hypothesis.settings.register_profile("short", max_examples=25, stateful_step_count=40, deadline=None)
-hypothesis.settings.register_profile("long", max_examples=2000, stateful_step_count=100, deadline=None)
+# Nothing here is about time: a machine may be busy.
+TIMELESS = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("short", max_examples=25, stateful_step_count=40, **TIMELESS)
+hypothesis.settings.register_profile("long", max_examples=2000, stateful_step_count=100, **TIMELESS)
 hypothesis.settings.load_profile(os.environ.get("DBM_BITCASK_HYPOTHESIS_PROFILE", "short"))
 
 
@@ -30,10 +33,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("schedules", "interleavings of processes (tests/test_schedules.py)")
     group.addoption("--schedule", type=int, metavar="SEED", help="replay the schedule of one seed, and show its last steps")
     group.addoption("--schedules", type=int, metavar="N", help="run the schedules of the seeds below N (default: as --harness says)")
+    parser.addoption("--files", choices=("native", "portable"), default="native", help='the layer that files="auto" stands for')
     parser.addoption("--mutant", help="run the tests on an engine with a seeded bug, by its name in mutants.py")
 
 
 def pytest_configure(config):
+    portable.AUTO = config.getoption("files")
     if config.getoption("mutant"):
         import mutants  # which imports the engine
 

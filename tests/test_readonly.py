@@ -19,7 +19,7 @@ import pytest
 
 import dbm_bitcask
 from children import fork, fork_and_wait, run_python
-from dbm_bitcask.engine import recovery
+from dbm_bitcask.engine import files
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.files import Directory
 
@@ -370,5 +370,5 @@ def test_reader_with_an_own_index_goes_over_to_the_keydir_that_a_writer_makes(pa
 
 
 def test_after_a_restart_of_the_machine_a_reader_trusts_no_keydir_that_may_not_be_durable(path, monkeypatch):
-    monkeypatch.setattr(recovery.files, "boot_id", lambda: 4711)
+    monkeypatch.setattr(files, "boot_id", lambda: 4711)
     require_unchanged(path, in_protected_directory, lambda: read_everything(path, shared=False))

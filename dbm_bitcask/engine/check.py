@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import contents, names, recovery, segment
 from . import header as at
 from .errors import CorruptionError, NotFoundError
-from .files import Directory
 from .header import MASK32, PAGE_SIZE, PAGE_WORDS
 from .keydir import map_words
 from .log import Log, read_manifest
@@ -27,6 +26,7 @@ from .page import (
     page_depth,
     page_slots,
 )
+from .portable import open_directory
 from .record import TOMBSTONE
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
     """
     name = os.fsdecode(path)
     try:
-        log = Log(Directory(name))
+        log = Log(open_directory(name))
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
     return log.under_lock(lambda log: list(_check(log)))

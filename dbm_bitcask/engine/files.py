@@ -1,4 +1,4 @@
-"""The operating system, as far as the engine needs it: the one place that opens, reads, writes, maps and locks.
+"""The operating system, as far as the engine needs it: with `portable` the one place that opens, reads, writes, maps and locks.
 
 Rule 1: every file is reached through the descriptor of its directory, so that a handle stays with its database when the path is renamed
 or another directory is put in its place.
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
-import resource
 import stat
 import sys
 import threading
@@ -23,29 +21,41 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import error
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows, WASM: `portable` needs what is common to both layers
+    fcntl = resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
 
     from typing_extensions import Buffer
+
+    Map: TypeAlias = mmap.mmap | bytes
 
 __all__ = [
     "Directory",
     "File",
     "Identity",
+    "Map",
+    "NATIVE",
     "boot_id",
     "fence",
     "is_alive",
     "make_directory",
     "maps_at_a_time",
-    "refuse_remote",
     "remove_empty_file",
     "temporary_file",
 ]
 
+NATIVE = os.name == "posix" and sys.maxsize > 2**32 and sys.byteorder == "little" and sys.implementation.name == "cpython"
+
 # Before 3.13 every map keeps a descriptor of its own.
 _MAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 _MAPS = 65530  # that a process may have, unless vm.max_map_count says otherwise
-_OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK if NATIVE else 0
 _FSYNC_FULL = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone does not reach the disk's platters
 _fdatasync = getattr(os, "fdatasync", os.fsync)
 
@@ -67,7 +77,7 @@ def _fence() -> None:
 
 # Keeps the loads and stores of shared words before it from being seen behind those after it. x86-64 keeps loads in order among each other,
 # and stores, so that there it is None; elsewhere two cycles of a lock order them, which nothing in Python promises but every lock does.
-fence = None if os.uname().machine in ("x86_64", "AMD64") else _fence
+fence = None if NATIVE and os.uname().machine in ("x86_64", "AMD64") else _fence
 
 
 class Identity(NamedTuple):
@@ -86,7 +96,7 @@ class Descriptor:
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd  # first: whatever interrupts from here on, the descriptor goes with the object
         self.name = name
-        if fd < 3:  # a print() of a program that closed its stdout must not land in a segment
+        if fd < 3 and NATIVE:  # a print() of a program that closed its stdout must not land in a segment
             self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
             os.close(fd)
 
@@ -108,6 +118,8 @@ class Descriptor:
 
 class File(Descriptor):
     """A regular file. `size()` and `pwrite(data, offset)` are the bare system calls: they stand in the path of every write."""
+
+    grows = grows_shared = True  # while other handles map it, too
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, name)
@@ -168,7 +180,7 @@ class File(Descriptor):
                     raise
         self.write(bytes(length), offset)
 
-    def map(self, length: int, *, write: bool = False) -> mmap.mmap:
+    def map(self, length: int, *, write: bool = False) -> Map:
         """The first `length` bytes as shared memory."""
         return mmap.mmap(self.fd, length, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ, **_MAP_OPTIONS)
 
@@ -199,6 +211,10 @@ class File(Descriptor):
 
 class Directory(Descriptor):
     """The directory of a database: names are looked up in it by descriptor, and its descriptor is what writers lock."""
+
+    layer = "native"
+    can_map = True
+    survives_fork = True
 
     def __init__(self, path: str, *, at: int | None = None) -> None:
         super().__init__(os.open("." if at is not None else path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at), path)
@@ -267,6 +283,25 @@ class Directory(Descriptor):
     def list(self) -> list[str]:
         return os.listdir(self.fd)
 
+    def temporary_file(self) -> File:
+        """An unlinked file outside the database, gone with the last reference."""
+        return temporary_file()
+
+    def maps_at_a_time(self) -> int:
+        """How many maps one handle may keep."""
+        return maps_at_a_time()
+
+    def boot_id(self) -> int:
+        """A number that is the same until the machine restarts; 0 where the system does not tell."""
+        return boot_id()
+
+    def refuse_remote(self) -> None:
+        """Raise where two machines could write at once, or where a map of a file is not the file."""
+        kind = _remote_kind(self.identity().device)
+        if kind:
+            reason = f'the file system is {kind}: a database needs a local one; or open it with files="portable", one process at a time'
+            raise error(errno.EOPNOTSUPP, reason, self.name)
+
     def disk_bytes(self) -> int:
         """The bytes that the files in this directory take on the disk."""
         total = 0
@@ -284,10 +319,8 @@ class Directory(Descriptor):
 
 
 def make_directory(path: str, mode: int) -> None:
-    """Create a directory durably: itself, and its name in its parent."""
+    """Create a directory; its name is durable when its parent is synced."""
     os.mkdir(path, mode)
-    parent = Directory(os.path.dirname(os.path.abspath(path)))
-    parent.sync()
 
 
 def remove_empty_file(path: str) -> None:
@@ -300,18 +333,15 @@ def remove_empty_file(path: str) -> None:
         os.unlink(path)
 
 
-def refuse_remote(directory: Directory) -> None:
-    """Raise where two machines could write at once, or where a map of a file is not the file."""
-    device = directory.identity().device
+def _remote_kind(device: int) -> str | None:
+    """The name of the file system if it is one that others see, too."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             kinds = [line.split(" - ")[1].split()[0] for line in lines if line.split()[2] == number]
     except (OSError, IndexError):
-        return  # no Linux: nothing tells
-    for kind in kinds:
-        if kind in _REMOTE or kind.startswith("fuse"):
-            raise error(errno.EOPNOTSUPP, f"the file system is {kind}: a database needs a local one", directory.name)
+        return None  # no Linux: nothing tells
+    return next((kind for kind in kinds if kind in _REMOTE or kind.startswith("fuse")), None)
 
 
 def temporary_file() -> File:

@@ -30,6 +30,7 @@ from .page import (
     PAGE_COUNTS,
     PAGE_MAGIC,
     UNUSED,
+    Damaged,
     Probe,
     Table,
     chunk_checksum,
@@ -293,13 +294,22 @@ class Keydir:
         needed = words[at.PAGES] + pages
         if needed > capacity:
             larger = max(needed, capacity + capacity // 8 + _SPARE_PAGES)
+            if not self.file.grows:
+                raise Damaged("the keydir in memory is full: a larger one has to be made")
             self.file.reserve(capacity * PAGE_SIZE, (larger - capacity) * PAGE_SIZE)
+            self.words = words = map_words(self.file, larger * PAGE_SIZE, write=True)
             before, words[at.STATE] = words[at.STATE], at.CHANGING
             words[at.CAPACITY] = larger
             words[at.EPOCH] += 1
             at.enter(words, before)
-        if words[at.CAPACITY] * PAGE_WORDS > len(words):
+            self._look_at_directory(self.table.checked)
+        elif capacity * PAGE_WORDS > len(words):
             self.refresh()
+
+    def make_room(self) -> None:
+        """Of a keydir that nobody shares yet and that cannot grow afterwards: take twice the space that it needs."""
+        if not self.file.grows_shared:
+            self._reserve(self.words[at.PAGES])
 
     # Checksums. The caller holds the lock.
 

@@ -138,7 +138,10 @@ def lock_of(directory: Directory, *, alone: bool = False) -> WriterLock:
         lock = _locks.get(key)
         if lock is None:
             lock = _locks[key] = WriterLock(directory, alone=alone)
-        return lock
+    if lock.directory.layer != directory.layer:
+        reason = f'this process has it open with files="{lock.directory.layer}", and the two do not see each other\'s changes'
+        raise error(errno.EBUSY, reason, directory.name)
+    return lock
 
 
 class Renewed(Protocol):
@@ -162,4 +165,5 @@ def _after_fork() -> None:
         held.renew_after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

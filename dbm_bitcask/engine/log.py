@@ -17,12 +17,11 @@ from .lock import lock_of, renew_after_fork
 from .page import Damaged, locations
 
 if TYPE_CHECKING:
-    import mmap
     from collections.abc import Callable
 
     from typing_extensions import Buffer
 
-    from .files import Directory, File, Identity
+    from .files import Directory, File, Identity, Map
     from .header import Words
     from .keydir import Keydir
     from .manifest import Entry, Manifest
@@ -33,6 +32,7 @@ Result = TypeVar("Result")
 
 _LARGEST_MANIFEST = 2**28  # bytes: ten million segments
 _READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
+_FILES = 64  # that one handle keeps open where it cannot map them
 _REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
 _TRIES = 1000  # more than the commits that can come between reading the header and reading the manifest
 
@@ -49,14 +49,22 @@ class Gone(Exception):
     """A segment that the manifest of this handle lists has no file; the text is its path."""
 
 
+_FORKED = "this handle came with a fork, which the portable files do not share; open the database again"
+
+
 class _Released:
     """Stands where a closed handle had its files."""
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise error(CLOSED)
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
 
-    def __iter__(self) -> NoReturn:
-        raise error(CLOSED)
+    def refuse(self, *_: object) -> NoReturn:
+        raise error(self._reason)
+
+    __iter__ = refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self.refuse()
 
 
 class Options(NamedTuple):
@@ -66,6 +74,7 @@ class Options(NamedTuple):
     segment_size: int = 2**32 - 1  # bytes from which on a segment is sealed
     timeout: float | None = None  # seconds to wait for the lock; None: for ever
     alone: bool = False  # no other process uses the database: no lock is taken
+    files: str = "auto"  # the layer: "native", "portable" or the better of them
 
 
 DEFAULT = Options()
@@ -89,7 +98,10 @@ class Log:
         self.segment_size = options.segment_size
         self.manifest: Manifest = manifest.Manifest(0, 1, ())
         self.entries: dict[int, Entry] = {}
-        self.segments: dict[int, tuple[mmap.mmap, int]] = {}  # what is mapped, with its salt
+        self.segments: dict[int, tuple[Map, int]] = {}  # what is mapped, with its salt
+        self.opened: dict[int, File] = {}  # of those that cannot be mapped
+        self.can_map = directory.can_map
+        self.released = False
         self.rows: dict[int, int] = {}
         self.epoch = self.generation = 0
         self.salt = 0  # of the active segment
@@ -98,13 +110,15 @@ class Log:
         self.beside: tuple[Identity | None, ...] | None = None  # `seen_beside` when an own keydir was built
         self.passed_over: File | None = None  # the keydir that was not trusted: kept open, so that no other one gets its inode
         self.recover: Callable[..., None] = self._cannot_recover
-        self.renew_after_fork()
+        self._refreshing = threading.RLock()
         renew_after_fork(self)
-        self.maps = files.maps_at_a_time()
+        self.maps = directory.maps_at_a_time()
 
     def renew_after_fork(self) -> None:
         """Another thread of the parent may have been in `refresh`."""
         self._refreshing = threading.RLock()
+        if not self.can_map and not self.released:
+            self.release(_FORKED)
 
     # What exists.
 
@@ -117,10 +131,12 @@ class Log:
         active = segment.open_segment(self.directory, fresh.active, write=self.write)
         growing = before.active.id if before.segments else 0
         kept = {number: held for number, held in list(self.segments.items()) if number in entries and number != growing}
+        opened = {number: file for number, file in list(self.opened.items()) if number in entries and number != growing}
         salt = fresh.active.salt
         held, generation = (entries, fresh.active, active), segment.map_generation(active)
         # Nothing is called from here on: a signal must not find half of it done.
         self.held, self.active, self.entries, self.segments, self.salt = held, active, entries, kept, salt
+        self.opened = opened
         self.shared_generation, self.manifest = generation, fresh
 
     def is_current(self) -> bool:
@@ -173,7 +189,7 @@ class Log:
             raise error(f"{self.directory.name}: manifest and keydir do not agree; close and open the database again")
 
     def _bind(self) -> None:
-        if self.keydir.words[at.DAMAGED] or self.beside is not None:
+        if self.keydir.words[at.DAMAGED] or self.beside is not None or not self.can_map:
             self.get = self.slow_get
         else:
             generation = self.shared_generation, self.generation
@@ -202,10 +218,13 @@ class Log:
             self.keydir.words[at.STATE] = at.POISONED
             raise
 
-    def release(self) -> None:
+    def release(self, reason: str = CLOSED) -> None:
         """Let go of every file and map; whoever reads at this moment in another thread keeps what it holds."""
-        self.segments = {}
-        self.directory = self.lock = self.active = self.keydir = self.held = _Released()  # type: ignore[assignment]
+        self.released = True
+        self.segments, self.opened = {}, {}
+        closed = _Released(reason)
+        self.get = closed.refuse
+        self.directory = self.lock = self.active = self.keydir = self.held = closed  # type: ignore[assignment]
 
     def under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the writer lock, on whatever is there; `LockTimeout` if it is not to be had in time."""
@@ -237,6 +256,8 @@ class Log:
         held = self.segments.get(number)
         if held is not None and offset < len(held[0]):
             return held[0], offset, seed
+        if not self.can_map:
+            return _read_at(active if entry is growing else self._open(entry), offset), 0, seed
         if entry is not growing:
             return self._map(entry, None, entry.length), offset, seed
         end = self.end_of(entry)
@@ -254,12 +275,30 @@ class Log:
         tail = self.keydir.counter(at.TAIL)
         return tail & MASK32 if tail >> 32 == entry.id else self.active.size()
 
-    def _map(self, entry: Entry, file: File | None, end: int) -> mmap.mmap:
+    def whole(self, entry: Entry) -> Map:
+        """All bytes of a sealed segment; `Gone` if it is not there."""
+        held = self.segments.get(entry.id)
+        return held[0] if held is not None else self._map(entry, None, entry.length)
+
+    def _open(self, entry: Entry) -> File:
+        """A segment that is read and not mapped."""
+        file = self.opened.get(entry.id)
         if file is None:
-            try:
-                file = segment.open_segment(self.directory, entry)
-            except FileNotFoundError as gone:
-                raise Gone(self.directory.where(names.segment_name(entry.id))) from gone
+            file = self._open_or_gone(entry)
+            while len(self.opened) >= _FILES:
+                self.opened.pop(next(iter(self.opened)), None)
+            self.opened[entry.id] = file
+        return file
+
+    def _open_or_gone(self, entry: Entry) -> File:
+        try:
+            return segment.open_segment(self.directory, entry)
+        except FileNotFoundError as gone:
+            raise Gone(self.directory.where(names.segment_name(entry.id))) from gone
+
+    def _map(self, entry: Entry, file: File | None, end: int) -> Map:
+        if file is None:
+            file = self._open_or_gone(entry)
         buffer = segment.map_segment(file, end)
         with self._refreshing:
             segments = self.segments  # a rotation may put another one in its place

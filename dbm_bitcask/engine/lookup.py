@@ -20,9 +20,9 @@ from .header import BASE, EPOCH
 from .page import SLOT_MASK
 
 if TYPE_CHECKING:
-    import mmap
     from collections.abc import Callable, Mapping
 
+    from .files import Map
     from .header import Words
     from .page import Table
 
@@ -35,7 +35,7 @@ def reader(
     table: Table,
     epoch: int,
     generation: tuple[Words, int],
-    segments: Mapping[int, tuple[mmap.mmap, int]],
+    segments: Mapping[int, tuple[Map, int]],
     slow: Callable[[bytes], bytes | None],
 ) -> Callable[[bytes], bytes | None]:
     """A function key -> value, or None if the key is not there.

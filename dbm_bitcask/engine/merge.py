@@ -112,7 +112,7 @@ def _copy_slice(log: Log, victim: Entry, offset: int) -> int:
     """Look at some records of the victim from `offset` on: where the next slice begins; 0 if there is damage, which is never dropped."""
     if victim.id not in log.entries:
         return victim.length  # somebody else merged or cleared it away
-    buffer, _, _ = log.bytes_at(victim.id << 32 | offset)
+    buffer = log.whole(victim)
     oldest = log.manifest.segments[0].id == victim.id
     reading = contents.Reading(buffer, victim, victim.length)
     for number, (at_offset, found) in enumerate(reading.records(offset)):

@@ -29,7 +29,7 @@ import secrets
 from time import time
 from typing import TYPE_CHECKING
 
-from . import contents, files, names, record, rotation, segment, write
+from . import contents, names, record, rotation, segment, write
 from . import header as at
 from .errors import error
 from .header import MASK32, PAGE_SIZE
@@ -98,7 +98,7 @@ def _begin(log: Log) -> None:
     if state == at.CHANGING:
         _finish_change(log)
     elif state == at.CLEAN:
-        boot, identity = files.boot_id(), log.keydir.file.identity()
+        boot, identity = log.directory.boot_id(), log.keydir.file.identity()
         words[at.DEVICE], words[at.BOOT_LOW], words[at.BOOT_HIGH] = identity.device, boot & at.MASK64, boot >> 64
         at.enter(words, at.DIRTYING)
     elif state == at.DIRTYING:
@@ -211,7 +211,7 @@ def take_keydir(log: Log) -> bool:
     if identity.size < 4 * PAGE_SIZE:
         return False
     words = map_words(file, identity.size, write=log.write)
-    boot = files.boot_id()
+    boot = log.directory.boot_id()
     if not (at.is_sound(words, identity, boot) and _fits_log(log, words)):
         return False
     log.keydir = Keydir(file, words, write=log.write)
@@ -262,7 +262,7 @@ def open_private_keydir(log: Log, named: File | None) -> None:
         if read_manifest(log.directory).checksum == log.manifest.checksum:  # else what was seen is not what belongs to this manifest
             break
     end = _end_of_active(log)
-    keydir = _build(log, files.temporary_file(), end)
+    keydir = _build(log, log.directory.temporary_file(), end)
     _bind(log, keydir, end)
     log.keydir = keydir
     log.refresh()
@@ -270,7 +270,7 @@ def open_private_keydir(log: Log, named: File | None) -> None:
 
 def rebuild(log: Log) -> None:
     """Make a new keydir from the log, and put it in the place of the one that is there. O(bytes of the log); O(keys) with hints."""
-    files.refuse_remote(log.directory)
+    log.directory.refuse_remote()
     log.adopt(read_manifest(log.directory))
     end = _end_of_active(log)
     active, torn = log.active, end < log.active.size()
@@ -280,6 +280,7 @@ def rebuild(log: Log) -> None:
         keydir = _build(log, file, end, hints=True)
         if torn:
             end = _leave_torn_segment(log, keydir, end)
+        keydir.make_room()
         _bind(log, keydir, end)
         if not _mark_moved(log):
             segment.move_generation(active)
@@ -426,7 +427,7 @@ class _Builder:
 
 def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
     """A keydir of everything up to `end` of the active segment, in an empty file."""
-    keydir = Keydir.create(file, files.boot_id())
+    keydir = Keydir.create(file, log.directory.boot_id())
     keydir.listed = log.entries
     log.scanned_end = end
     builder = _Builder(log, keydir)

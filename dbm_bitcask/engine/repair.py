@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import contents, manifest, names, recovery, rotation, segment, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
-from .files import Directory
 from .log import Log, read_manifest
 from .manifest import Entry, Manifest
 from .page import Damaged, check_entry
+from .portable import open_directory
 from .record import TOMBSTONE
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[St
     """
     name = os.fsdecode(path)
     try:
-        log = Log(Directory(name), write=True)
+        log = Log(open_directory(name), write=True)
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
     return log.under_lock(lambda log: list(_repair(log)))

@@ -23,12 +23,11 @@ from .manifest import Entry
 from .record import HEADER as RECORD_HEADER
 
 if TYPE_CHECKING:
-    import mmap
     from collections.abc import Iterator
 
     from typing_extensions import Buffer
 
-    from .files import Directory, File
+    from .files import Directory, File, Map
 
 __all__ = [
     "FIRST_RECORD", "MARKER", "Found", "create", "has_records", "map_generation", "map_one_of_many", "map_segment", "move_generation",
@@ -84,7 +83,7 @@ def has_records(directory: Directory, number: int) -> bool:
     return status is not None and status.size > FIRST_RECORD
 
 
-def map_segment(file: File, end: int) -> mmap.mmap:
+def map_segment(file: File, end: int) -> Map:
     """The bytes of a segment up to `end`."""
     return file.map(end)
 

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, TypeVar
 
 from . import contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
-from .errors import CLOSED, CorruptionError, NotFoundError, error
-from .files import Directory
+from .errors import CorruptionError, NotFoundError, error
 from .header import PAGE_SIZE
 from .log import Gone, Log, Options, read_manifest
 from .manifest import MARKER, Entry, Manifest
 from .page import SLOTS, Damaged
+from .portable import open_directory
 from .record import ALIGNMENT, EXPIRES, LIMIT, record_length
 from .syncer import Syncer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .files import File
+    from .files import Directory, File
 
 __all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database"]
 
@@ -68,7 +68,7 @@ class Stats:
 def is_database(path: str) -> bool:
     """Whether there is a directory with the manifest of a database, as far as its first bytes tell."""
     try:
-        head = Directory(path).open(names.MANIFEST).read(len(MARKER), 0)
+        head = open_directory(path).open(names.MANIFEST).read(len(MARKER), 0)
     except OSError:
         return False
     return head == MARKER
@@ -88,9 +88,9 @@ class Store:
     # Opening.
 
     @classmethod
-    def open_reader(cls, path: str) -> Store:
+    def open_reader(cls, path: str, options: Options) -> Store:
         """Open for reading only: no lock is taken and no byte is written."""
-        log = Log(_directory(path))
+        log = Log(_directory(path, options))
         store = cls(log)
         try:
             store._find_keydir()
@@ -105,7 +105,7 @@ class Store:
 
         `sync` is the number of seconds after which writes are durable: 0 for at once, None for not before they are asked to be.
         """
-        directory = _directory(path, create=create, mode=options.mode)
+        directory = _directory(path, options, create=create)
         store = cls(Log(directory, options, write=True), sync)
         store._under_lock(store._open, create)
         store.syncer.start()
@@ -115,7 +115,7 @@ class Store:
     def open_new(cls, path: str, options: Options, sync: float | None) -> Store:
         """Open an empty database in the place of one that is there, or of an empty file. The old contents stay until the commit."""
         files.remove_empty_file(path)
-        directory = _directory(path, create=True, mode=options.mode)
+        directory = _directory(path, options, create=True)
         store = cls(Log(directory, options, write=True), sync)
         store._under_lock(store._replace)
         store.syncer.start()
@@ -360,10 +360,9 @@ class Store:
         self.closed = True
         self.syncer.stop()
         try:
-            if self._wrote:
+            if self._wrote and not self.log.released:
                 self._settle()
         finally:
-            self.log.get = _closed
             self.log.release()
 
     def _settle(self) -> None:
@@ -430,28 +429,25 @@ class Store:
         )
 
 
-def _closed(_: bytes) -> bytes | None:
-    raise error(CLOSED)
-
-
 # Opening.
 
 
-def _directory(path: str, *, create: bool = False, mode: int = 0) -> Directory:
+def _directory(path: str, options: Options, *, create: bool = False) -> Directory:
     try:
-        return Directory(path)
+        return open_directory(path, options.files)
     except FileNotFoundError as missing:
         if not create:
             raise NotFoundError(missing.errno, "no database here", path) from missing
     except NotADirectoryError as other:
         raise error(other.errno, "this is a file and not a database (move it away, or convert it)", path) from other
     try:
-        files.make_directory(path, mode | (mode & 0o444) >> 2)
+        files.make_directory(path, options.mode | (options.mode & 0o444) >> 2)
+        open_directory(os.path.dirname(path), options.files).sync()
     except FileExistsError:
         pass  # somebody else has just made it
     except FileNotFoundError as missing:
         raise NotFoundError(missing.errno, "the directory to make it in does not exist", os.path.dirname(path)) from missing
-    return Directory(path)
+    return open_directory(path, options.files)
 
 
 def _refuse_foreign(directory: Directory, present: list[str]) -> None:

@@ -88,7 +88,7 @@ def _hold(log: Log, start: int, *, hold: bool) -> tuple[int, list[Held]]:
 
 def _hold_active(log: Log, entry: Entry, file: File, tail: int) -> Held:
     held = Held(log, entry, tail & MASK32 if entry.id == tail >> 32 else segment.FIRST_RECORD)
-    held.buffer = segment.map_segment(file, held.end)
+    held.keep(file)
     return held
 
 
@@ -169,19 +169,27 @@ class Held:
     def __init__(self, log: Log, entry: Entry, end: int) -> None:
         self.entry = entry
         self.end = end
+        self.file: File | None = None  # of those that cannot be mapped
         self.buffer: Buffer | None = None
         self.damage: list[int] = []  # offsets
         self._directory = log.directory
 
     def open(self, *, one_of_many: bool = False) -> None:
-        """Map the segment; `Gone` if it is not there."""
-        if self.buffer is not None:
+        """Map the segment, or keep its file open; `Gone` if it is not there."""
+        if self.buffer is not None or self.file is not None:
             return
         try:
             file = segment.open_segment(self._directory, self.entry)
         except FileNotFoundError as missing:
             raise Gone(str(missing.filename)) from missing
-        self.buffer = segment.map_one_of_many(file, self.end) if one_of_many else segment.map_segment(file, self.end)
+        self.keep(file, one_of_many=one_of_many)
+
+    def keep(self, file: File, *, one_of_many: bool = False) -> None:
+        """Hold on to the bytes of the segment, whose file this is."""
+        if not self._directory.can_map:
+            self.file = file
+        else:
+            self.buffer = segment.map_one_of_many(file, self.end) if one_of_many else segment.map_segment(file, self.end)
 
     def keys(self, first: int) -> Iterator[tuple[int, int, bytes]]:
         """(offset, flags, key) of each record from `first` on, from the hint or verified; what does not verify is noted as damage."""
@@ -190,8 +198,9 @@ class Held:
 
     def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes]]:
         unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
-        assert self.buffer is not None
-        data, salt, end = memoryview(self.buffer), self.entry.salt, self.end
+        buffer = segment.map_segment(self.file, self.end) if self.file is not None else self.buffer
+        assert buffer is not None
+        data, salt, end = memoryview(buffer), self.entry.salt, self.end
         last = end - size
         while offset < end:
             checksum, length, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)

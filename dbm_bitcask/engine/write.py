@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "append", "bury", "delete", "keep", "locate", "mark", "publish", "publish_mark", "put", "put_new", "settle"]
 
-_COUNTERS = struct.Struct("<6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
+_COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
 _KEY_START = BODY.size
 

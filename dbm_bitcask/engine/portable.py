@@ -1,0 +1,311 @@
+"""The portable layer: the same data files where the native one cannot be had, by nothing but open, seek, read, write and fsync.
+
+What differs from `files`, and what it costs:
+
+    the keydir is in the memory of the process     RAM for each key; an open reads the hints; no file `keydir`
+    records are read, not mapped                   a get makes two system calls
+    one process writes at a time                   the directory stays locked from the first write-open of a process to its last close
+    files are found by path                        not by the descriptor of their directory
+    a fork does not share                          a handle that a child inherits is closed there
+
+All handles that a process has on a directory share its keydir, under the name that it has on the disk in the native layer: so the engine
+above knows of no difference. Other processes read beside it as they do beside a keydir that is not to be trusted: by an index of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import secrets
+import stat
+import sys
+import threading
+import weakref
+from contextlib import suppress
+from time import sleep
+from typing import TYPE_CHECKING, Any
+
+from . import files, names
+from .errors import error
+from .files import Identity
+
+fcntl: Any = None
+msvcrt: Any = None
+with suppress(ImportError):  # Windows, WASM
+    import fcntl
+with suppress(ImportError):
+    import msvcrt
+
+if TYPE_CHECKING:
+    from .files import Map
+
+__all__ = ["AUTO", "Directory", "File", "Memory", "open_directory"]
+
+AUTO = "native" if files.NATIVE else "portable"
+_LOCK = "lock"  # where a directory cannot be locked itself
+_OPEN = (
+    getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+    | getattr(os, "O_NOINHERIT", 0)
+)
+_POLL = 0.01  # seconds between two looks at a lock that cannot be waited for
+_BOOT = secrets.randbits(128) | 1  # what is in memory is as old as the process
+_inodes = itertools.count(1)
+
+
+def open_directory(path: str, layer: str = "auto") -> files.Directory:
+    """The directory of a database by the layer "native", "portable" or, with "auto", the native one where it is to be had."""
+    chosen = AUTO if layer == "auto" else layer
+    if chosen == "native" and not files.NATIVE:
+        raise error(errno.ENOTSUP, 'files="native" needs a 64-bit little-endian CPython on POSIX; open it with files="auto"', path)
+    return files.Directory(path) if chosen == "native" else Directory(path)
+
+
+class File(files.File):
+    """A regular file that is read by seek and read."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        files.Descriptor.__init__(self, fd, name)
+        self.opened = self.identity()
+        self._position = threading.Lock()  # the threads of a process share it
+
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        with self._position:
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            return os.write(self.fd, data)
+
+    def read(self, length: int, offset: int) -> bytes:
+        with self._position:
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            data = os.read(self.fd, length)
+            while len(data) < length and (more := os.read(self.fd, length - len(data))):
+                data += more
+        return data
+
+    def sync_contents(self) -> None:
+        self.sync()
+
+    def map(self, length: int, *, write: bool = False) -> bytes:  # noqa: ARG002  (only a keydir is written by a map)
+        return self.read(length, 0)
+
+    def map_without_descriptor(self, length: int) -> bytes:
+        return self.map(length)
+
+
+class Memory(files.File):
+    """What stands for the file of a keydir. It is moved as it grows, and so grows only as long as nobody shares it."""
+
+    grows_shared = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.grows = True
+        self._inode = next(_inodes)
+        self._bytes = bytearray()
+
+    def size(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def opened(self) -> Identity:  # type: ignore[override]
+        return self.identity()
+
+    def identity(self) -> Identity:
+        return Identity(0, self._inode, 1, len(self._bytes), stat.S_IFREG)
+
+    def reserve(self, offset: int, length: int) -> None:
+        if offset + length > len(self._bytes):
+            larger = bytearray(offset + length)
+            larger[: len(self._bytes)] = self._bytes
+            self._bytes = larger
+
+    def map(self, length: int, *, write: bool = False) -> Map:
+        view = memoryview(self._bytes)[:length]
+        return view if write else view.toreadonly()  # type: ignore[return-value]
+
+    def read(self, length: int, offset: int) -> bytes:
+        return bytes(self._bytes[offset : offset + length])
+
+    def sync(self) -> None:
+        """Nothing is durable in memory."""
+
+    def keep_blocks(self) -> None:
+        """There are none."""
+
+    def lock(self) -> None:
+        """Other processes do not share it; threads that sync at once may do so twice."""
+
+    def try_lock(self) -> bool:
+        return True
+
+    def unlock(self) -> None:
+        pass
+
+
+class _Shared:
+    """What the handles of this process on one directory share: its keydir, and the lock, which they hold until the last of them goes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.memory: dict[str, Memory] = {}
+        self._held: files.Descriptor | None = None
+
+    def lock(self, *, wait: bool) -> bool:
+        if self._held is None:
+            held = self._open_lock()
+            while held is not None and not _try_lock(held.fd, wait=wait):
+                if not wait:
+                    return False
+                sleep(_POLL)
+            self._held = held
+        return True
+
+    def _open_lock(self) -> files.Descriptor | None:
+        """What to lock: the directory itself, so that the native layer and this one keep each other out; on Windows a file in it."""
+        if fcntl is not None:
+            return files.Descriptor(os.open(self.path, os.O_RDONLY | _OPEN), self.path)
+        present = os.listdir(self.path)
+        if msvcrt is None or (present and names.MANIFEST not in present and _LOCK not in present):
+            return None  # a foreign directory: nothing is made in it
+        return files.Descriptor(os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | _OPEN, 0o666), self.path)
+
+
+def _try_lock(fd: int, *, wait: bool) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+_shared: weakref.WeakValueDictionary[tuple[int, int], _Shared] = weakref.WeakValueDictionary()
+_mutex = threading.Lock()
+
+
+class Directory(files.Directory):
+    """The directory of a database by its path, with a keydir in memory."""
+
+    layer = "portable"
+    can_map = False
+    survives_fork = False
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        self.renew()
+
+    def renew(self) -> None:
+        """Also in a child of a fork: what the parent has in memory and its lock are the parent's."""
+        status = self.identity()
+        place = status.device, status.inode
+        with _mutex:
+            shared = _shared.get(place)
+            if shared is None or shared.pid != os.getpid():
+                shared = _shared[place] = _Shared(self.name)
+        self._shared = shared
+        self._memory = shared.memory
+
+    def identity(self) -> Identity:
+        return _identity(os.stat(self.name))
+
+    def sync(self) -> None:
+        """Make the names durable, where a directory can be opened."""
+        if os.name == "posix":
+            files.Descriptor(os.open(self.name, os.O_RDONLY | _OPEN), self.name).sync()
+
+    def lock(self) -> None:
+        self._shared.lock(wait=True)
+
+    def unlock(self) -> None:
+        """It stays locked until the last handle is closed: nobody else sees the keydir."""
+
+    def try_lock(self) -> bool:
+        return self._shared.lock(wait=False)
+
+    def open(self, name: str, *, write: bool = False) -> files.File:
+        if _is_keydir(name):
+            try:
+                return self._memory[name]
+            except KeyError:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where(name)) from None
+        if not stat.S_ISREG(os.lstat(self.where(name)).st_mode):
+            raise self._irregular(name)  # before it is opened: where there is no O_NOFOLLOW
+        return File(os.open(self.where(name), (os.O_RDWR if write else os.O_RDONLY) | _OPEN), self.where(name))
+
+    def create(self, name: str, mode: int) -> files.File:
+        if _is_keydir(name):
+            with suppress(FileNotFoundError):  # that of the native layer, which will know nothing of what is written here
+                os.unlink(self.where(names.KEYDIR))
+            self._memory[name] = Memory(self.where(name))
+            return self._memory[name]
+        return File(os.open(self.where(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode), self.where(name))
+
+    def temporary_file(self) -> files.File:
+        return Memory("temporary keydir")
+
+    def identity_of(self, name: str) -> Identity | None:
+        if _is_keydir(name):
+            memory = self._memory.get(name)
+            return memory.identity() if memory is not None else None
+        try:
+            return _identity(os.lstat(self.where(name)))
+        except FileNotFoundError:
+            return None
+
+    def replace(self, old: str, new: str) -> None:
+        if _is_keydir(old):
+            self._memory[old].grows = False
+            self._memory[new] = self._memory.pop(old)
+        else:
+            os.replace(self.where(old), self.where(new))
+
+    def link(self, name: str, new: str) -> None:
+        source, copy = self.open(name), self.create(new, 0o600)
+        copy.write(source.read(source.opened.size, 0), 0)
+
+    def remove(self, name: str) -> None:
+        if _is_keydir(name):
+            self._memory.pop(name, None)
+            return
+        with suppress(FileNotFoundError, *([PermissionError] if sys.platform == "win32" else [])):  # open elsewhere: it is swept later
+            os.unlink(self.where(name))
+
+    def list(self) -> list[str]:
+        return [name for name in os.listdir(self.name) if not _is_keydir(name)] + [*self._memory]
+
+    def disk_bytes(self) -> int:
+        total = 0
+        for name in os.listdir(self.name):
+            with suppress(FileNotFoundError):
+                status = os.lstat(self.where(name))
+                total += getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
+        return total
+
+    def boot_id(self) -> int:
+        return _BOOT
+
+    def maps_at_a_time(self) -> int:
+        """One segment is held in memory as a whole: the one that a merge reads."""
+        return 1
+
+    def refuse_remote(self) -> None:
+        """One process at a time, and no map: any file system that has locks will do."""
+
+
+def _is_keydir(name: str) -> bool:
+    return name == names.KEYDIR or (name.startswith(names.KEYDIR) and names.is_temporary(name))
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return Identity(status.st_dev, status.st_ino, status.st_nlink, status.st_size, status.st_mode)
