@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from dbm_bitcask.engine import manifest
+from dbm_bitcask.engine import manifest, segment
 from dbm_bitcask.engine.manifest import BadManifest, Entry, Manifest
 
 WORDS = st.integers(0, 2**64 - 1)
@@ -19,7 +19,7 @@ GOOD = Manifest(5, 9, (Entry(3, 0x1122334455667788, 4096), Entry(7, 1, 33), Entr
 @st.composite
 def manifests(draw):
     ids = sorted(draw(st.sets(st.integers(1, 2**32 - 2), min_size=1, max_size=6)))
-    sealed = [Entry(number, draw(WORDS), draw(st.integers(1, 2**64 - 1))) for number in ids[:-1]]
+    sealed = [Entry(number, draw(WORDS), draw(st.integers(segment.FIRST_RECORD, 2**64 - 1))) for number in ids[:-1]]
     return Manifest(draw(WORDS), draw(st.integers(ids[-1] + 1, 2**32)), (*sealed, Entry(ids[-1], draw(WORDS), 0)))
 
 

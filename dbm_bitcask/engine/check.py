@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import contents, names, recovery, segment
 from . import header as at
-from .errors import CorruptionError, NotFoundError
+from .errors import CorruptionError, NotFoundError, error
 from .header import MASK32, PAGE_SIZE, PAGE_WORDS
 from .keydir import map_words
 from .log import Log, read_manifest
@@ -59,6 +59,8 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
     name = os.fsdecode(path)
     try:
         log = Log(open_directory(name))
+    except error:
+        raise
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
     return log.under_lock(lambda log: list(_check(log)))

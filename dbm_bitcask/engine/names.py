@@ -10,6 +10,7 @@ import secrets
 
 __all__ = [
     "KEYDIR",
+    "LOCK",
     "MANIFEST",
     "damaged_name",
     "hint_name",
@@ -22,6 +23,7 @@ __all__ = [
 
 MANIFEST = "MANIFEST"
 KEYDIR = "keydir"
+LOCK = "lock"  # where a directory cannot be locked itself: never deleted, or two would lock two files
 
 _SEGMENT = re.compile(r"([0-9]{8}|[1-9][0-9]{8,9})\.(data|hint)", re.ASCII)
 _TEMPORARY = re.compile(r"(MANIFEST|keydir|[0-9]{8,10}\.hint)\.[0-9a-f]{16}\.tmp", re.ASCII)

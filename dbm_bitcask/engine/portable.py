@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "Directory", "File", "Memory", "open_directory"]
 
 AUTO = "native" if files.NATIVE else "portable"
-_LOCK = "lock"  # where a directory cannot be locked itself
 _OPEN = (
     getattr(os, "O_NOFOLLOW", 0)
     | getattr(os, "O_CLOEXEC", 0)
@@ -172,9 +171,9 @@ class _Shared:
         if fcntl is not None:
             return files.Descriptor(os.open(self.path, os.O_RDONLY | _OPEN), self.path)
         present = os.listdir(self.path)
-        if msvcrt is None or (present and names.MANIFEST not in present and _LOCK not in present):
+        if msvcrt is None or (present and names.MANIFEST not in present and names.LOCK not in present):
             return None  # a foreign directory: nothing is made in it
-        return files.Descriptor(os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | _OPEN, 0o666), self.path)
+        return files.Descriptor(os.open(os.path.join(self.path, names.LOCK), os.O_RDWR | os.O_CREAT | _OPEN, 0o666), self.path)
 
 
 def _try_lock(fd: int, *, wait: bool) -> bool:

@@ -55,6 +55,8 @@ def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[St
     name = os.fsdecode(path)
     try:
         log = Log(open_directory(name), write=True)
+    except error:
+        raise
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
     return log.under_lock(lambda log: list(_repair(log)))

@@ -464,6 +464,8 @@ def _is_ours(directory: Directory, name: str) -> bool:
         file = directory.open(name)
         # A crash may have left anything in the place of a header; and more than that is not there without a record.
         return file.opened.size <= segment.FIRST_RECORD or file.read(len(segment.MARKER), 0) == segment.MARKER
+    if name == names.LOCK:
+        return directory.open(name).opened.size == 0
     return name == names.KEYDIR and directory.open(name).read(8, 0) in (at.MAGIC_WORD.to_bytes(8, "little"), b"", bytes(8))
 
 

@@ -1,0 +1,397 @@
+"""The portable layer: what it has of its own, on a file system that is made up, and beside the native layer on a real one."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import shutil
+import stat
+import types
+from pathlib import Path
+
+import pytest
+from pyfakefs.fake_filesystem_unittest import Patcher
+
+import dbm_bitcask
+from children import fork_and_wait, run_python
+from dbm_bitcask.engine import files, header, portable
+from dbm_bitcask.engine.check import check
+
+KEYS = {b"key %d" % number: b"value %d" % number * 5 for number in range(300)}
+SMALL = {"files": "portable", "segment_size": 4096}
+
+
+def fill(path, **options):
+    with dbm_bitcask.open(path, **{**SMALL, **options}) as db:
+        db.update(KEYS)
+
+
+def read(path, **options):
+    with dbm_bitcask.open(path, "r", **options) as db:
+        assert len(db) == len(db.keys())
+        return dict(db)
+
+
+# On a file system that is made up: nothing here reaches a real file, or it would not be found.
+
+
+@pytest.fixture
+def made_up():
+    with Patcher() as patcher:
+        yield patcher.fs
+        gc.collect()  # a descriptor that is closed later would be a real one
+
+
+PLACE = Path("/made/up")
+
+
+@pytest.fixture
+def inside(made_up):
+    made_up.create_dir(PLACE)
+    return PLACE / "db"
+
+
+def test_database_lives_on_a_made_up_file_system(inside):
+    fill(inside)
+    assert read(inside, files="portable") == KEYS
+    with dbm_bitcask.open(inside, **SMALL) as db:
+        del db[b"key 1"]
+        db.merge()
+        assert len(db) == len(KEYS) - 1
+        db.clear()
+    assert read(inside, files="portable") == {}
+    assert dbm_bitcask.open(inside, "n", files="portable").keys() == []
+
+
+def test_no_file_named_keydir_is_made(inside):
+    fill(inside)
+    assert not [name for name in inside.iterdir() if name.name.startswith("keydir")]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_mode_is_that_of_each_new_file(path, mode):
+    """On a real disk: the fake opens a file that exists with the mode of a new one."""
+    before = os.umask(0o022)
+    try:
+        fill(path, mode=mode)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode & ~0o022}
+    assert stat.S_IMODE(path.stat().st_mode) == (mode | (mode & 0o444) >> 2) & ~0o022
+
+
+@pytest.mark.parametrize("flag", ["r", "w"])
+def test_missing_directory_is_no_database(inside, flag):
+    with pytest.raises(FileNotFoundError) as missing:
+        dbm_bitcask.open(inside, flag, files="portable")
+    assert isinstance(missing.value, dbm_bitcask.error)
+    assert list(PLACE.iterdir()) == []
+
+
+def test_missing_parent_is_named(inside):
+    with pytest.raises(dbm_bitcask.error, match="does not exist") as missing:
+        dbm_bitcask.open(inside / "deeper", "c", files="portable")
+    assert missing.value.filename == str(inside)
+
+
+def test_file_in_the_place_of_a_database_is_refused(inside):
+    inside.write_bytes(b"foreign")
+    for flag in "rwcn":
+        with pytest.raises(dbm_bitcask.error):
+            dbm_bitcask.open(inside, flag, files="portable")
+    assert inside.read_bytes() == b"foreign"
+
+
+def test_foreign_directory_is_refused_and_left_as_it_is(inside):
+    inside.mkdir()
+    (inside / "letter.txt").write_bytes(b"dear")
+    for flag in "rwcn":
+        with pytest.raises(dbm_bitcask.error):
+            dbm_bitcask.open(inside, flag, files="portable")
+    assert [file.name for file in inside.iterdir()] == ["letter.txt"]
+
+
+def test_foreign_files_in_a_database_are_never_touched(inside):
+    fill(inside)
+    foreign = ["1.data", "00000001.data.bak", "٠٠٠٠٠٠٠١.data", "keydir.tmp", "MANIFEST.old", "notes"]  # noqa: RUF001  (other digits)
+    for name in foreign:
+        (inside / name).write_bytes(b"foreign")
+    with dbm_bitcask.open(inside, **SMALL) as db:
+        db.update(KEYS)
+        db.merge()
+        db.clear()
+    assert [name for name in foreign if (inside / name).read_bytes() != b"foreign"] == []
+
+
+@pytest.mark.parametrize(("name", "flags"), [("MANIFEST", "rwn"), ("00000001.data", "rw")])
+def test_symbolic_link_in_the_place_of_a_file_is_an_error_and_not_followed(inside, name, flags):
+    fill(inside)
+    elsewhere = PLACE / "elsewhere"
+    elsewhere.write_bytes((inside / name).read_bytes())
+    before = elsewhere.read_bytes()
+    (inside / name).unlink()
+    (inside / name).symlink_to(elsewhere)
+    for flag in flags:
+        with pytest.raises(dbm_bitcask.error, match="not a regular file"):
+            dbm_bitcask.open(inside, flag, files="portable")[b"key 1"]
+    assert elsewhere.read_bytes() == before
+
+
+def test_path_may_be_a_symbolic_link(inside):
+    fill(inside)
+    (PLACE / "link").symlink_to(inside)
+    assert read(PLACE / "link", files="portable") == KEYS
+
+
+def test_full_disk_is_an_error_and_nothing_acknowledged_is_lost(inside, made_up):
+    made_up.set_disk_usage(100_000, str(PLACE))
+    written = {}
+    with dbm_bitcask.open(inside, **SMALL) as db:
+        with pytest.raises(dbm_bitcask.error) as full:
+            for number in range(10_000):
+                db[b"key %d" % number] = b"v" * 100
+                written[b"key %d" % number] = b"v" * 100
+        assert full.value.errno == errno.ENOSPC
+        made_up.set_disk_usage(10_000_000, str(PLACE))  # now, for the fake tries a failed write again with whatever comes next
+        unsure = {b"key %d" % len(written): b"v" * 100}
+        assert dict(db) in (written, {**written, **unsure})
+        db[b"more"] = b"1"
+    assert len(written) > 100
+    assert {**read(inside, files="portable"), **unsure} == {**written, **unsure, b"more": b"1"}
+
+
+def test_full_disk_at_the_creation_leaves_something_that_is_created_later(inside, made_up):
+    made_up.set_disk_usage(10, str(PLACE))
+    with pytest.raises(dbm_bitcask.error):
+        dbm_bitcask.open(inside, files="portable")
+    made_up.set_disk_usage(10_000_000, str(PLACE))
+    fill(inside)
+    assert read(inside, files="portable") == KEYS
+
+
+def test_read_only_directory_can_be_read(inside):
+    fill(inside)
+    for file in [*inside.iterdir(), inside]:
+        file.chmod(file.stat().st_mode & ~0o222)
+    before = {file.name: file.read_bytes() for file in inside.iterdir()}
+    assert read(inside, files="portable") == KEYS
+    assert {file.name: file.read_bytes() for file in inside.iterdir()} == before
+
+
+# Beside the native layer, on a real disk.
+
+
+def test_both_layers_read_what_the_other_wrote(path):
+    fill(path)
+    assert read(path, files="native") == KEYS
+    with dbm_bitcask.open(path, files="native") as db:
+        del db[b"key 1"]
+        db[b"key 2"] = b"native"
+    fill_again = {**KEYS, b"key 2": b"native"}
+    del fill_again[b"key 1"]
+    assert read(path, files="portable") == fill_again
+    with dbm_bitcask.open(path, **SMALL) as db:
+        db[b"key 2"] = b"portable"
+        db[b"key 1"] = b"back"
+    assert read(path, files="native") == {**fill_again, b"key 1": b"back", b"key 2": b"portable"}
+
+
+def test_native_index_is_not_believed_after_the_portable_layer_wrote(path):
+    """The state in which it is believed most: nobody closed, so that every word of it says that it may be taken."""
+
+    def die():
+        db = dbm_bitcask.open(path, files="native")
+        db.update(KEYS)
+        os._exit(0)
+
+    fork_and_wait(die)
+    with dbm_bitcask.open(path, files="portable") as db:
+        assert not (path / "keydir").exists()
+        db[b"key 1"] = b"changed"
+        del db[b"key 2"]
+    found = read(path, files="native")
+    assert found[b"key 1"] == b"changed"
+    assert b"key 2" not in found
+
+
+def test_live_reader_of_the_native_layer_sees_what_the_portable_one_writes(path):
+    fill(path, files="native")
+    script = """
+import sys, dbm_bitcask
+with dbm_bitcask.open(sys.argv[1], files="portable") as db:
+    db["key 1"] = "changed"
+    del db["key 2"]
+"""
+    with dbm_bitcask.open(path, "r", files="native") as reader, dbm_bitcask.open(path, "w", files="native") as writer:
+        assert reader[b"key 1"] == KEYS[b"key 1"]
+        run_python(script, path)
+        for db in (reader, writer):
+            assert db[b"key 1"] == b"changed"
+            assert b"key 2" not in db
+            assert len(db) == len(KEYS) - 1
+        writer[b"key 3"] = b"written after it"
+        assert reader[b"key 3"] == b"written after it"
+
+
+def test_reader_of_the_portable_layer_sees_what_another_process_writes(path):
+    fill(path)
+    with dbm_bitcask.open(path, "r", files="portable") as reader:
+        assert reader[b"key 1"] == KEYS[b"key 1"]
+        run_python('import sys, dbm_bitcask\nwith dbm_bitcask.open(sys.argv[1]) as db: db["key 1"] = "changed"; db.merge()', path)
+        assert reader[b"key 1"] == b"changed"
+
+
+@pytest.mark.parametrize("layer", ["native", "portable"])
+def test_another_process_waits_as_long_as_a_writer_has_it_open(path, layer):
+    fill(path)
+    script = f"""
+import sys, dbm_bitcask
+try:
+    dbm_bitcask.open(sys.argv[1], "w", files={layer!r}, timeout=0.2)["key"] = "1"
+except dbm_bitcask.LockTimeout:
+    print("locked")
+"""
+    with dbm_bitcask.open(path, files="portable"):
+        assert run_python(script, path).strip() == "locked"
+    assert run_python(script, path).strip() == ""
+
+
+def test_handles_of_one_process_share_their_changes(path):
+    with dbm_bitcask.open(path, **SMALL) as one, dbm_bitcask.open(path, **SMALL) as other:
+        for number in range(3000):  # the index is replaced by a larger one several times
+            (one, other)[number % 2][b"%d" % number] = b"v%d" % number
+            assert (other, one)[number % 2][b"%d" % number] == b"v%d" % number
+        assert len(one) == len(other) == 3000
+        with dbm_bitcask.open(path, "r", files="portable") as reader:
+            del one[b"7"]
+            assert b"7" not in reader
+            one.merge()
+            assert len(reader) == len(reader.keys()) == 2999
+            other.clear()
+            assert len(reader) == len(one) == 0
+
+
+def test_iteration_beside_a_merge_sees_every_key_once(path):
+    fill(path)
+    with dbm_bitcask.open(path, **SMALL) as db:
+        seen = []
+        for key in db:
+            seen.append(key)
+            if len(seen) in (10, 100, 200):
+                db.update(KEYS)
+                db.merge()
+        assert sorted(seen) == sorted(KEYS)
+
+
+def test_layers_do_not_mix_in_one_process(path):
+    with dbm_bitcask.open(path, files="portable"), pytest.raises(dbm_bitcask.error, match='files="portable"'):
+        dbm_bitcask.open(path, "r", files="native")
+    with dbm_bitcask.open(path, files="native"), pytest.raises(dbm_bitcask.error, match='files="native"'):
+        dbm_bitcask.open(path, files="portable")
+
+
+def test_lock_goes_with_the_last_handle(path):
+    one = dbm_bitcask.open(path, files="portable")
+    other = dbm_bitcask.open(path, files="portable")
+    one.close()
+    with pytest.raises(dbm_bitcask.error):
+        dbm_bitcask.open(path, files="native")
+    other.close()
+    dbm_bitcask.open(path, files="native").close()
+
+
+def test_forked_handle_is_closed_in_the_child_and_open_in_the_parent(path):
+    with dbm_bitcask.open(path, files="portable") as db:
+        db[b"key"] = b"1"
+
+        def child():
+            for use in (lambda: db[b"key"], lambda: len(db), lambda: db.update(a=b"1"), lambda: list(db)):
+                with pytest.raises(dbm_bitcask.error, match="fork"):
+                    use()
+            db.close()
+            with pytest.raises(dbm_bitcask.LockTimeout):
+                dbm_bitcask.open(path, files="portable", timeout=0.1)
+
+        fork_and_wait(child)
+        db[b"key"] = b"2"
+    assert read(path, files="portable") == {b"key": b"2"}
+
+
+def test_without_native_layer_it_cannot_be_asked_for(path, monkeypatch):
+    monkeypatch.setattr(files, "NATIVE", False)
+    with pytest.raises(dbm_bitcask.error, match="files="):
+        dbm_bitcask.open(path, files="native")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("wrong", ["", "mmap", None, 1])
+def test_unknown_layer_is_a_value_error(path, wrong):
+    with pytest.raises(ValueError, match="files must be"):
+        dbm_bitcask.open(path, files=wrong)
+    assert not path.exists()
+
+
+def test_memory_that_is_shared_does_not_move(path):
+    """A keydir that moved under another handle would be two keydirs."""
+    with dbm_bitcask.open(path, **SMALL) as db:
+        before = db._log.keydir
+        view, epoch = before.words, before.words[header.EPOCH]
+        number = 0
+        while db._log.keydir is before:
+            db[b"%d" % number] = b""
+            number += 1
+        assert view[header.STATE] == header.MOVED
+        assert view[header.EPOCH] > epoch
+        assert len(db) == number
+
+
+class Msvcrt(types.SimpleNamespace):
+    """The lock of Windows: of a byte of a file, and without waiting."""
+
+    LK_NBLCK = 2
+
+    def __init__(self):
+        self.locked = []
+        self.free = True
+
+    def locking(self, fd, how, length):
+        assert (how, length) == (self.LK_NBLCK, 1)
+        if not self.free:
+            raise PermissionError(errno.EACCES, "locked")
+        self.locked.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    system = Msvcrt()
+    monkeypatch.setattr(portable, "fcntl", None)
+    monkeypatch.setattr(portable, "msvcrt", system)
+    return system
+
+
+def test_where_a_directory_cannot_be_locked_a_file_in_it_is(path, windows):
+    fill(path)
+    assert windows.locked == [str(path / "lock")]
+    assert read(path, files="portable") == KEYS
+    assert windows.locked == [str(path / "lock")]  # a reader needs none
+    windows.free = False
+    with pytest.raises(dbm_bitcask.LockTimeout):
+        dbm_bitcask.open(path, files="portable", timeout=0.05)
+    gc.collect()  # what the exception holds has the layer in use
+
+
+def test_where_a_directory_cannot_be_locked_nothing_is_made_in_a_foreign_one(path, windows):
+    path.mkdir()
+    (path / "letter.txt").write_bytes(b"dear")
+    with pytest.raises(dbm_bitcask.error, match="not a database"):
+        dbm_bitcask.open(path, files="portable")
+    assert [file.name for file in path.iterdir()] == ["letter.txt"]
+    assert windows.locked == []
+
+
+def test_copy_of_a_database_is_one(path, tmp_path):
+    fill(path)
+    shutil.copytree(path, tmp_path / "copy")
+    assert read(tmp_path / "copy", files="portable") == KEYS
+    assert check(tmp_path / "copy") == []
