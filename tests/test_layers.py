@@ -20,8 +20,8 @@ ROWS = [
     {"log", "contents"},
     {"segment", "keydir", "lookup", "lock"},
     {"page", "hint"},
-    {"record", "manifest", "header"},
     {"portable"},
+    {"record", "manifest", "header"},
     {"names", "files"},
     {"errors"},
 ]

@@ -26,7 +26,7 @@ from contextlib import suppress
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
-from . import files, names
+from . import files, header, names
 from .errors import error
 from .files import Identity
 
@@ -43,13 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "Directory", "File", "Memory", "open_directory"]
 
 AUTO = "native" if files.NATIVE else "portable"
-_OPEN = (
-    getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_BINARY", 0)
-    | getattr(os, "O_NOINHERIT", 0)
-)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
+_OPEN = _CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _POLL = 0.01  # seconds between two looks at a lock that cannot be waited for
 _BOOT = secrets.randbits(128) | 1  # what is in memory is as old as the process
 _inodes = itertools.count(1)
@@ -169,7 +164,7 @@ class _Shared:
     def _open_lock(self) -> files.Descriptor | None:
         """What to lock: the directory itself, so that the native layer and this one keep each other out; on Windows a file in it."""
         if fcntl is not None:
-            return files.Descriptor(os.open(self.path, os.O_RDONLY | _OPEN), self.path)
+            return files.Descriptor(os.open(self.path, os.O_RDONLY | _CLOEXEC), self.path)
         present = os.listdir(self.path)
         if msvcrt is None or (present and names.MANIFEST not in present and names.LOCK not in present):
             return None  # a foreign directory: nothing is made in it
@@ -206,12 +201,11 @@ class Directory(files.Directory):
 
     def renew(self) -> None:
         """Also in a child of a fork: what the parent has in memory and its lock are the parent's."""
-        status = self.identity()
-        place = status.device, status.inode
+        self._place = self.identity()[:2]
         with _mutex:
-            shared = _shared.get(place)
+            shared = _shared.get(self._place)
             if shared is None or shared.pid != os.getpid():
-                shared = _shared[place] = _Shared(self.name)
+                shared = _shared[self._place] = _Shared(self.name)
         self._shared = shared
         self._memory = shared.memory
 
@@ -221,49 +215,65 @@ class Directory(files.Directory):
     def sync(self) -> None:
         """Make the names durable, where a directory can be opened."""
         if os.name == "posix":
-            files.Descriptor(os.open(self.name, os.O_RDONLY | _OPEN), self.name).sync()
+            files.Descriptor(os.open(self.name, os.O_RDONLY | _CLOEXEC), self.name).sync()
 
     def lock(self) -> None:
+        self._require_place()
         self._shared.lock(wait=True)
 
     def unlock(self) -> None:
         """It stays locked until the last handle is closed: nobody else sees the keydir."""
 
     def try_lock(self) -> bool:
+        self._require_place()
         return self._shared.lock(wait=False)
 
+    def _require_place(self) -> None:
+        """Files are found by path: another database must not be written to that has taken it."""
+        if self.identity()[:2] != self._place:
+            raise error(errno.ESTALE, "another directory has taken the place of this database; nothing was written", self.name)
+
     def open(self, name: str, *, write: bool = False) -> files.File:
-        if _is_keydir(name):
-            try:
-                return self._memory[name]
-            except KeyError:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where(name)) from None
+        if name in self._memory:
+            return self._memory[name]
+        if name == names.KEYDIR and self._is_native_keydir():
+            raise FileNotFoundError(errno.ENOENT, "the layer in use has no file of this name", self.where(name))
+        return self._open(name, write=write)
+
+    def _open(self, name: str, *, write: bool) -> File:
         if not stat.S_ISREG(os.lstat(self.where(name)).st_mode):
             raise self._irregular(name)  # before it is opened: where there is no O_NOFOLLOW
         return File(os.open(self.where(name), (os.O_RDWR if write else os.O_RDONLY) | _OPEN), self.where(name))
 
     def create(self, name: str, mode: int) -> files.File:
         if _is_keydir(name):
-            with suppress(FileNotFoundError):  # that of the native layer, which will know nothing of what is written here
+            if self._is_native_keydir():  # which will know nothing of what is written here
                 os.unlink(self.where(names.KEYDIR))
             self._memory[name] = Memory(self.where(name))
             return self._memory[name]
         return File(os.open(self.where(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode), self.where(name))
 
+    def _is_native_keydir(self) -> bool:
+        """Whether there is a file `keydir` that the native layer made, or began to make."""
+        try:
+            file = self._open(names.KEYDIR, write=False)
+        except FileNotFoundError:
+            return False
+        return file.read(8, 0) in (header.MAGIC_WORD.to_bytes(8, "little"), bytes(8), b"")
+
     def temporary_file(self) -> files.File:
         return Memory("temporary keydir")
 
     def identity_of(self, name: str) -> Identity | None:
-        if _is_keydir(name):
-            memory = self._memory.get(name)
-            return memory.identity() if memory is not None else None
+        if name in self._memory:
+            return self._memory[name].identity()
         try:
             return _identity(os.lstat(self.where(name)))
         except FileNotFoundError:
             return None
 
     def replace(self, old: str, new: str) -> None:
-        if _is_keydir(old):
+        if old in self._memory:
             self._memory[old].grows = False
             self._memory[new] = self._memory.pop(old)
         else:
@@ -274,14 +284,14 @@ class Directory(files.Directory):
         copy.write(source.read(source.opened.size, 0), 0)
 
     def remove(self, name: str) -> None:
-        if _is_keydir(name):
-            self._memory.pop(name, None)
+        if self._memory.pop(name, None) is not None:
             return
         with suppress(FileNotFoundError, *([PermissionError] if sys.platform == "win32" else [])):  # open elsewhere: it is swept later
             os.unlink(self.where(name))
 
     def list(self) -> list[str]:
-        return [name for name in os.listdir(self.name) if not _is_keydir(name)] + [*self._memory]
+        own = {*self._memory, *([names.KEYDIR] if self._is_native_keydir() else [])}
+        return [name for name in os.listdir(self.name) if name not in own] + [*self._memory]
 
     def disk_bytes(self) -> int:
         total = 0
