@@ -13,14 +13,14 @@ from __future__ import annotations
 import os
 import random
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dbm_bitcask.engine import files
+from dbm_bitcask.engine import files, portable
 from dbm_bitcask.engine.record import HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
     import pytest
 
@@ -84,6 +84,7 @@ class Disk:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(files, "os", self)
+        patch.setattr(portable, "os", self)
         patch.setattr(files, "_fdatasync", self.fsync)
 
     def adopt(self) -> None:
@@ -141,11 +142,17 @@ class Disk:
 
     def open(self, name: str, flags: int, *args: int, **kwargs: int) -> int:
         fd = os.open(name, flags, *args, **kwargs)
-        if flags & os.O_CREAT and kwargs.get("dir_fd") is not None:
+        if flags & os.O_CREAT and (kwargs.get("dir_fd") is not None or Path(name).parent == self.root):
+            name = Path(name).name  # the portable layer says the whole path
             self._look_at_maps()
             self.names[name] = self._number(fd, name)
             self.events.append(Name(name, self.names[name]))
         return fd
+
+    def write(self, fd: int, data: bytes) -> int:
+        offset = os.lseek(fd, 0, os.SEEK_CUR)
+        self._note(fd, lambda number: Write(number, offset, bytes(data)))
+        return os.write(fd, data)
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         self._note(fd, lambda number: Write(number, offset, bytes(data)))
@@ -161,8 +168,9 @@ class Disk:
 
     def replace(self, old: str, new: str, **kwargs: int) -> None:
         self._look_at_maps()
-        self.names[new] = self.names.pop(old)
-        self.events.append(Name(new, self.names[new], old))
+        before, after = Path(old).name, Path(new).name
+        self.names[after] = self.names.pop(before)
+        self.events.append(Name(after, self.names[after], before))
         os.replace(old, new, **kwargs)  # noqa: PTH105  (by descriptors)
 
     def link(self, old: str, new: str, **kwargs: int) -> None:
@@ -174,6 +182,7 @@ class Disk:
     def unlink(self, name: str, **kwargs: int) -> None:
         os.unlink(name, **kwargs)
         self._look_at_maps()
+        name = Path(name).name
         del self.names[name]
         self.events.append(Name(name, 0))
 
@@ -359,6 +368,7 @@ class Restored:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(files, "os", self)
+        patch.setattr(portable, "os", self)
         patch.setattr(files, "_fdatasync", self.fsync)
 
     def __getattr__(self, name: str) -> object:

@@ -359,7 +359,7 @@ class Msvcrt(types.SimpleNamespace):
         assert (how, length) == (self.LK_NBLCK, 1)
         if not self.free:
             raise PermissionError(errno.EACCES, "locked")
-        self.locked.append(os.readlink(f"/proc/self/fd/{fd}"))
+        self.locked.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
 
 
 @pytest.fixture
