@@ -54,6 +54,11 @@ def fresh(file=None):
     return keydir
 
 
+def add_row(keydir, segment):
+    keydir.add_rows([segment])
+    return keydir.rows()[segment]
+
+
 def reopened(file):
     """Another handle on the same file."""
     keydir = Keydir(file, module.map_words(file, file.size(), write=True), write=True)
@@ -654,7 +659,7 @@ def test_rows_of_segments_that_are_gone_are_used_again(keydir):
     rows = {}
     for number in range(1, 2000):
         keydir.listed = set(range(max(1, number - 5), number + 1))
-        rows[number] = keydir.add_row(number)
+        rows[number] = add_row(keydir, number)
         assert keydir.words[rows[number] + at.ROW_ID] == number
         keydir.words[rows[number] + at.ROW_DEAD] = number
     assert keydir.words[at.TABLE] == 1 | 1 << 32  # it never had to grow
@@ -663,23 +668,23 @@ def test_rows_of_segments_that_are_gone_are_used_again(keydir):
 
 def test_row_that_is_used_again_is_empty(keydir):
     keydir.listed = {1}
-    row = keydir.add_row(1)
+    row = add_row(keydir, 1)
     keydir.words[row + at.ROW_DEAD] = keydir.words[row + at.ROW_TOMBSTONES] = 99
     keydir.listed = {2}
-    assert keydir.add_row(2) == row
+    assert add_row(keydir, 2) == row
     assert keydir.words[row : row + ROW_WORDS].tolist() == [2] + [0] * (ROW_WORDS - 1)
 
 
 def test_row_of_a_segment_is_made_once(keydir):
     keydir.listed = {1, 2}
-    assert len({keydir.add_row(1), keydir.add_row(2), keydir.add_row(1)}) == 2
+    assert len({add_row(keydir, 1), add_row(keydir, 2), add_row(keydir, 1)}) == 2
 
 
 def test_table_grows_with_the_number_of_segments(keydir):
     model = fill(keydir, random_hashes(500))
     keydir.listed = set(range(1, 301))
     for number in range(1, 301):
-        row = keydir.add_row(number)
+        row = add_row(keydir, number)
         keydir.words[row + at.ROW_DEAD] = 10 * number
     assert keydir.words[at.TABLE] >> 32 == 8
     assert keydir.words[at.EPOCH] > 1
@@ -688,6 +693,17 @@ def test_table_grows_with_the_number_of_segments(keydir):
     other = reopened(keydir.file)
     other.listed = keydir.listed
     assert other.rows() == keydir.rows()
+
+
+def test_many_rows_are_made_at_once_and_none_twice(keydir):
+    keydir.listed = set(range(1, 301))
+    add_row(keydir, 7)
+    keydir.add_rows(range(1, 301))
+    rows, epoch = keydir.rows(), keydir.words[at.EPOCH]
+    assert sorted(rows) == list(range(1, 301))
+    assert len(set(rows.values())) == 300
+    keydir.add_rows(range(1, 301))
+    assert (keydir.rows(), keydir.words[at.EPOCH]) == (rows, epoch)
 
 
 # A kill at any moment
@@ -805,21 +821,21 @@ def test_growing_the_table_can_die_anywhere(tmp_path, machine, killed):
     keydir = fresh(file)
     keydir.listed = set(range(1, 65))
     for number in range(1, 65):
-        keydir.words[keydir.add_row(number) + at.ROW_DEAD] = number
+        keydir.words[add_row(keydir, number) + at.ROW_DEAD] = number
     good = (tmp_path / "keydir").read_bytes()
     keydir.listed = set(range(1, 66))
-    machine.run(lambda: keydir.add_row(65))
+    machine.run(lambda: keydir.add_rows([65]))
     for number in range(1, machine.steps + 1):
         path = tmp_path / str(number)
         path.write_bytes(good)
         dying = reopened(Directory(str(tmp_path)).open(path.name, write=True))
         dying.listed = set(range(1, 66))
-        assert machine.run(lambda dying=dying: dying.add_row(65), number, killed=killed)
+        assert machine.run(lambda dying=dying: dying.add_rows([65]), number, killed=killed)
         after = reopened(dying.file) if killed else dying
         after.listed = set(range(1, 66))
         if after.words[at.STATE] == at.CHANGING:
             after.finish_split()
-        row = after.add_row(65)
+        row = add_row(after, 65)
         assert after.words[row : row + ROW_WORDS].tolist() == [65] + [0] * (ROW_WORDS - 1)
         rows = after.rows()
         assert {each: after.words[rows[each] + at.ROW_DEAD] for each in range(1, 65)} == {each: each for each in range(1, 65)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -637,6 +638,39 @@ def test_changing_keydir_that_fits_neither_manifest_is_made_anew(left):
     before = inode(left)
     require_contents(left, ITEMS)
     assert inode(left) != before
+
+
+def steps_of(action):
+    """How many bytecodes an action takes."""
+    steps = 0
+
+    def trace(frame, event, _):
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+def test_rebuilding_is_linear_in_the_number_of_segments(tmp_path):
+    steps = []
+    for count in (40, 160):
+        path = tmp_path / str(count)
+        with dbm_bitcask.open(path, "c", **TINY) as db:
+            for number in range(count):
+                db[b"%d" % number] = bytes(3900)
+        assert len(sealed(path)) == count - 1
+        (path / "keydir").unlink()
+        steps.append(steps_of(lambda path=path: dbm_bitcask.open(path, "w").close()))
+        assert check(path) == []
+    assert steps[1] < 4.4 * steps[0]
 
 
 def test_seal_at_the_tail_is_a_rotation_to_be_finished(left):

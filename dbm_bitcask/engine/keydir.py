@@ -356,18 +356,21 @@ class Keydir:
         ids = self.words[start + at.ROW_ID : end : ROW_WORDS].tolist()
         return {segment: start + number * ROW_WORDS for number, segment in enumerate(ids) if segment in self.listed}
 
-    def add_row(self, segment: int) -> int:
-        """The row of a segment, made if it is not there: a row of a segment that is gone is used again."""
+    def add_rows(self, segments: Collection[int]) -> None:
+        """Make a row for each segment that has none: rows of segments that are gone are used again. O(rows)."""
         rows = self.rows()
-        if segment in rows:
-            return rows[segment]
         taken = set(rows.values())
-        start, end = self._table_bounds()
-        row = next((row for row in range(start, end, ROW_WORDS) if row not in taken), 0) or self._grow_table()
-        words = self.words
-        words[row : row + ROW_WORDS] = array("Q", bytes(8 * ROW_WORDS))
-        words[row + at.ROW_ID] = segment
-        return row
+        free: Iterator[int] = (row for row in range(*self._table_bounds(), ROW_WORDS) if row not in taken)
+        for segment in segments:
+            if segment in rows:
+                continue
+            row = next(free, 0)
+            if not row:
+                row = self._grow_table()
+                free = iter(range(row + ROW_WORDS, self._table_bounds()[1], ROW_WORDS))
+            words = self.words
+            words[row : row + ROW_WORDS] = array("Q", bytes(8 * ROW_WORDS))
+            words[row + at.ROW_ID] = segment
 
     def _table_bounds(self) -> tuple[int, int]:
         table = self.words[at.TABLE]

@@ -356,7 +356,7 @@ def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:
     row = keydir.rows()[cut.id]
     keydir.words[row + at.ROW_TOMBSTONES] = keydir.words[at.COUNTERS_A + at.TOMBSTONES]
     keydir.words[at.COUNTERS_A + at.TOMBSTONES] = 0
-    keydir.add_row(fresh.id)
+    keydir.add_rows((fresh.id,))
     return segment.FIRST_RECORD
 
 
@@ -434,8 +434,7 @@ def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
     for entry in log.manifest.segments:
         for key in _keys(log, entry, end, damage, hints=hints):
             builder.apply(entry.id, key)
-    for entry in log.manifest.segments:
-        keydir.add_row(entry.id)
+    keydir.add_rows(log.entries)
     _store_tallies(log, keydir, builder, end)
     words = keydir.words
     words[at.DAMAGED] = max((place.segment << 32 | place.offset for place in damage), default=0)
