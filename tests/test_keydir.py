@@ -24,6 +24,7 @@ from dbm_bitcask.engine.page import (
     IN_USE,
     PAGE_CHECKSUM,
     PAGE_COUNTS,
+    PAGE_DEPTH,
     PAGE_MAGIC,
     SLOTS,
     UNUSED,
@@ -649,6 +650,102 @@ def test_directory_keeps_its_checksums_when_it_doubles(keydir):
     keydir.seal(1000)
     assert all(keydir.table.directory[size + chunk] for chunk in range(size // 512))
     touch_all(reopened(keydir.file), dict.fromkeys(range(1, 2**64, 2**52)))
+
+
+# Bits that flip while there are no checksums
+
+
+@pytest.fixture
+def full(keydir):
+    """An index of several pages of which one is full, and a hash that has its place there."""
+    model = fill(keydir, random_hashes(700))
+    hashes = iter(hashes_below(5, 3, 1000, seed=2))
+    for number, hashed in enumerate(hashes, 1000):
+        place = keydir.room(hashed)
+        if keydir.words[place.page * PAGE_WORDS + PAGE_COUNTS] & 0xFFFF == FULL - 1:
+            keydir.store(place.free, hashed, location(number))
+            model[hashed] = location(number)
+            return keydir, model, place.page, next(each for each in hashes if probe(keydir.table, each).page == place.page)
+        put(keydir, hashed, location(number))
+        model[hashed] = location(number)
+    raise AssertionError
+
+
+def require_refused(full, word, number):
+    """With a number in a word, the next split is `Damaged`, and changes nothing."""
+    keydir, model, _, hashed = full
+    before, keydir.words[word] = keydir.words[word], number
+    pages = {page: keydir.words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS].tolist() for page in keydir.pages()}
+    with pytest.raises(Damaged):
+        put(keydir, hashed, location(9))
+    assert {page: keydir.words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS].tolist() for page in keydir.pages()} == pages
+    keydir.words[word] = before
+    require_sound(keydir, model)
+
+
+def test_page_whose_depth_has_a_flipped_bit_is_never_split(full):
+    keydir, model, page, hashed = full
+    word = page * PAGE_WORDS + PAGE_DEPTH
+    assert page_depth(keydir.words, page) in (2, 3)
+    for bit in range(32):
+        before = keydir.words[word]
+        keydir.words[word] ^= 1 << bit
+        with pytest.raises(Damaged, match=r"depth|deep"):
+            put(keydir, hashed, location(9))
+        keydir.words[word] = before
+        require_sound(keydir, model)
+    put(keydir, hashed, location(9))
+    require_sound(keydir, {**model, hashed: location(9)})
+
+
+def test_page_in_use_is_never_given_away(full):
+    keydir, _, page, _ = full
+    high_water = keydir.words[at.PAGES]
+    for number in (page, 1, high_water + 1, 2**63):
+        require_refused(full, at.FREE, number)
+    require_refused(full, at.PAGES, max(keydir.pages()))
+
+
+def test_split_is_not_finished_with_pages_that_are_not_there(keydir):
+    for word in (at.SPLIT_OLD, at.SPLIT_LOW, at.SPLIT_HIGH, at.SPLIT_PAGES):
+        before, keydir.words[word] = keydir.words[word], 2**40
+        with pytest.raises(Damaged):
+            keydir.finish_split()
+        keydir.words[word] = before
+
+
+@pytest.mark.parametrize("number", [0, FULL, 2**64 - 1])
+def test_counts_of_a_page_may_be_any_number(keydir, number):
+    hashes = random_hashes(20)
+    fill(keydir, hashes)
+    counts = (probe(keydir.table, hashes[0]).page) * PAGE_WORDS + PAGE_COUNTS
+    for act in (lambda: delete(keydir, hashes[0]), lambda: put(keydir, hashes[0], location(99)), lambda: put(keydir, 99, location(1))):
+        keydir.words[counts] = number
+        act()
+    assert contents(keydir) == {**{hashed: location(n) for n, hashed in enumerate(hashes, 1)}, hashes[0]: location(99), 99: location(1)}
+
+
+def test_number_of_pages_without_a_checksum_may_be_too_small(keydir):
+    fill(keydir, random_hashes(1000))
+    keydir.words[at.UNSEALED] = 1
+    assert keydir.seal(1000)
+    assert keydir.words[at.UNSEALED] == 0
+
+
+def test_table_is_whole_if_it_has_one_row_for_each_segment_of_numbers_that_can_be(keydir):
+    keydir.listed = {1, 2, 300}
+    keydir.add_rows([1, 2, 300])
+    words, row, unused = keydir.words, keydir.rows()[2], max(keydir.rows().values()) + ROW_WORDS
+    assert keydir.has_rows()
+    for word, number in [(row, 3), (row, 1), (row, 0), (unused, 2), (row + at.ROW_DEAD, 2**63), (row + at.ROW_TOMBSTONES, 2**63)]:
+        before, words[word] = words[word], number
+        assert not keydir.has_rows()
+        words[word] = before
+    for table in (1, 2 | 1 << 32):
+        before, words[at.TABLE] = words[at.TABLE], table
+        assert not keydir.has_rows()
+        words[at.TABLE] = before
+    assert keydir.has_rows()
 
 
 # The segment table

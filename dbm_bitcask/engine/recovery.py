@@ -177,6 +177,7 @@ def _publish(log: Log, tail: int, found: record.Record) -> None:
     other = words[at.CURRENT] ^ at.OTHER
     checksum = int.from_bytes(log.active.read(record.CHECKSUM_SIZE, tail & MASK32), "little")
     prepared = (words[other + at.START], words[other + at.TAIL], words[other + at.CHECKSUM]) == (tail, end, checksum)
+    prepared = prepared and words[other + at.ROW] in (0, *(row + at.ROW_DEAD for row in log.rows.values()))
     if found.flags & MARK:
         write.publish_mark(log, tail, length, checksum)
         return
@@ -217,6 +218,8 @@ def take_keydir(log: Log) -> bool:
     log.keydir = Keydir(file, words, write=log.write)
     log.beside = None
     log.refresh()
+    if not log.keydir.has_rows() and log.is_current():
+        return False
     return log.write or log.is_named()  # under the lock nobody puts another one in its place
 
 
@@ -237,7 +240,7 @@ def _fits_log(log: Log, words: at.Words) -> bool:
     if size < offset or (size != offset and words[at.STATE] in (at.CLEAN, at.RESTING)):
         return False  # nobody was writing, and yet the log went on: this keydir is older
     if start >> 32 != entry.id:
-        return True
+        return not start or offset == segment.FIRST_RECORD  # of a keydir that was just built, or of a segment without records
     header = file.read(record.HEADER.size, start & MASK32)
     if not header.startswith(checksum.to_bytes(record.CHECKSUM_SIZE, "little")):
         return False
