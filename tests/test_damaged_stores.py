@@ -27,7 +27,6 @@ from damage import (
     alarm,
     as_of,
     fast_disk,
-    is_about_all,
     is_never_right,
     make,
     report,
@@ -287,8 +286,6 @@ def try_all(store: Store, state: str, flag: str, chosen: list[Damage]) -> None:
         look = try_damage(copy, small, flag, damage)
         # What the index of a killed process says is believed; but it must not be an exception, nor a hang.
         found = [each for each in look.wrong if is_never_right(each, small) or not is_unknowable(state, small, damage)]
-        if state == "LOST":  # see test_bit_flips
-            found = [each for each in found if not is_about_all(each)]
         failures += [f"{state} {flag} {damage.name}: {each}" for each in found[:1]]
     report(failures, len(chosen))
 

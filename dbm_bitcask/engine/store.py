@@ -237,6 +237,12 @@ class Store:
 
     def __len__(self) -> int:
         """The number of keys. O(1)."""
+        count = self._count()
+        self.log.require_undamaged()
+        return count
+
+    def _count(self) -> int:
+        """The number of keys, as far as they are known."""
         log = self.log
         log.look_beside()
         while True:
@@ -374,7 +380,7 @@ class Store:
             self._write_hints()
         while not self.locked(_seal_slice):
             pass
-        clean = len(self) >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
+        clean = self._count() >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
         self.locked(_rest, clean)
         if clean:
             tail = log.keydir.counter(at.TAIL)
@@ -398,7 +404,7 @@ class Store:
         """The state of the database. O(segments + pages of the index)."""
         log = self.log
         while True:
-            count, epoch = len(self), log.epoch
+            count, epoch = self._count(), log.epoch
             try:
                 stats = self._stats(count)
             except KeyError:  # a rotation in between
@@ -507,6 +513,7 @@ def _recover_keydir(log: Log) -> None:
 
 def _pop(log: Log, key: bytes) -> bytes | None:
     place = write.locate(log, key, room=False)
+    log.require_undamaged(place.location)
     if not place.location:
         return None
     value = log.read(place.location).value
@@ -516,6 +523,7 @@ def _pop(log: Log, key: bytes) -> bytes | None:
 
 def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
     place = write.locate(log, key, room=False)
+    log.require_undamaged(place.location)
     if place.location:
         return log.read(place.location).value
     write.put(log, key, default)
