@@ -192,11 +192,15 @@ class Store:
             try:
                 log.adopt(listed)
                 if recovery.take_keydir(log):
+                    listed = log.manifest  # which may be newer by now
+                    # One look, for a good database is opened in no time whatever is in the directory.
+                    _refuse_other_lineage(log.directory, listed, [names.segment_name(listed.next_id)])
                     return
                 if turn > 1:  # else a writer may be opening it at this moment
+                    _refuse_other_lineage(log.directory, listed, log.directory.list())
                     recovery.open_private_keydir(log, named)
                     return
-            except (FileNotFoundError, Gone):
+            except (FileNotFoundError, Gone, CorruptionError):
                 if read_manifest(log.directory).checksum == listed.checksum:
                     raise
         raise error(f"{log.directory.name}: the list of segments changes faster than it can be read")
