@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .hint import Hint
 
 __all__ = [
+    "build_beside",
     "heal",
     "is_poisoned",
     "is_unfinished",
@@ -271,6 +272,13 @@ def open_private_keydir(log: Log, named: File | None) -> None:
     log.refresh()
 
 
+def build_beside(log: Log) -> Keydir:
+    """A keydir of every record that verifies, whatever the hints say, in a file outside the database."""
+    beside = _build(log, files.temporary_file(), log.keydir.counter(at.TAIL) & MASK32, read_hints=False)
+    log.scanned_end = 0
+    return beside
+
+
 def rebuild(log: Log) -> None:
     """Make a new keydir from the log, and put it in the place of the one that is there. O(bytes of the log); O(keys) with hints."""
     files.refuse_remote(log.directory)
@@ -280,7 +288,7 @@ def rebuild(log: Log) -> None:
     temporary = names.temporary_name(names.KEYDIR)
     file = log.directory.create(temporary, log.mode)
     try:
-        keydir = _build(log, file, end, hints=True)
+        keydir = _build(log, file, end, write_hints=True)
         if torn:
             end = _leave_torn_segment(log, keydir, end)
         _bind(log, keydir, end)
@@ -427,7 +435,7 @@ class _Builder:
         keydir.store(slot, hashed, number << 32 | key.offset)
 
 
-def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
+def _build(log: Log, file: File, end: int, *, read_hints: bool = True, write_hints: bool = False) -> Keydir:
     """A keydir of everything up to `end` of the active segment, in an empty file."""
     keydir = Keydir.create(file, files.boot_id())
     keydir.listed = log.entries
@@ -435,7 +443,7 @@ def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
     builder = _Builder(log, keydir)
     damage: list[contents.Damage] = []
     for entry in log.manifest.segments:
-        for key in _keys(log, entry, end, damage, hints=hints):
+        for key in _keys(log, entry, end, damage, read_hint=read_hints, write_hint=write_hints):
             builder.apply(entry.id, key)
     keydir.add_rows(log.entries)
     _store_tallies(log, keydir, builder, end)
@@ -458,9 +466,9 @@ def _store_tallies(log: Log, keydir: Keydir, builder: _Builder, end: int) -> Non
     words[at.COUNTERS_A + at.TOMBSTONES] = builder.tombstones.get(active, 0)
 
 
-def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, hints: bool) -> Iterator[Hint]:
-    """The keys of a segment from its hint; else from its records, and then its hint is written."""
-    if entry.length:
+def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, read_hint: bool, write_hint: bool) -> Iterator[Hint]:
+    """The keys of a segment from its hint; else from its records, and then its hint may be written."""
+    if entry.length and read_hint:
         known = contents.read_keys(log.directory, entry)
         if known is not None:
             yield from known
@@ -470,5 +478,5 @@ def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, hi
     reading = contents.Reading(segment.map_segment(file, end), entry, end)
     yield from reading.keys()
     damage.extend(reading.damage)
-    if hints and entry.length and not reading.damage:
+    if write_hint and entry.length and not reading.damage:
         contents.write_hint(log.directory, reading.buffer, entry, log.mode)
