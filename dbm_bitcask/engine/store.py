@@ -364,17 +364,28 @@ class Store:
         self.syncer.sync()
 
     def close(self) -> None:
-        """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing."""
+        """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing.
+
+        Where it fails, the handle is closed nevertheless; one that is interrupted is not, so that it can be called again.
+        """
         if self.closed:
             return
         self.closed = True
-        self.syncer.stop()
         try:
             if self._wrote:
                 self._settle()
-        finally:
-            self.log.get = _closed
-            self.log.release()
+        except OSError:
+            self._release()
+            raise
+        except BaseException:
+            self.closed = False
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        self.syncer.stop()
+        self.log.get = _closed
+        self.log.release()
 
     def _settle(self) -> None:
         log = self.log
