@@ -307,6 +307,21 @@ def test_flipped_bit_of_what_a_killed_process_counted_is_no_exception_of_python_
     report(failures, len(flips))
 
 
+@both_flags
+@pytest.mark.parametrize("state", ["RESTING", "DIRTY"])
+@pytest.mark.parametrize("number", [2**64 - 1, 0, 1 << 63])
+def test_word_of_the_keydir_that_is_anything_is_no_exception_of_python_and_no_value_that_never_was(bench, flag, number):
+    failures = []
+    for word, name in used_words(bench.small).items():
+        image = bytearray(bench.small.files["keydir"])
+        image[8 * word : 8 * word + 8] = number.to_bytes(8, "little")
+        bench.copy.put({**bench.small.files, "keydir": bytes(image)})
+        alarm()
+        look = LOOKS[flag](bench.copy.path, bench.small)
+        failures += [f"{bench.state} {flag} {name}: {each}" for each in look.wrong if is_never_right(each, bench.small)][:1]
+    report(failures, len(used_words(bench.small)))
+
+
 @pytest.mark.parametrize("state", ["DIRTY"])
 def test_slot_that_leads_to_the_record_of_another_key_never_gives_its_value(bench):
     good = bench.small.files["keydir"]

@@ -701,17 +701,20 @@ def test_page_whose_depth_has_a_flipped_bit_is_never_split(full):
 def test_page_in_use_is_never_given_away(full):
     keydir, _, page, _ = full
     high_water = keydir.words[at.PAGES]
+    unused = free_list(keydir)[0]
     for number in (page, 1, high_water + 1, 2**63):
         require_refused(full, at.FREE, number)
     require_refused(full, at.PAGES, max(keydir.pages()))
+    require_refused(full, unused * PAGE_WORDS + PAGE_CHECKSUM, unused)  # twice
 
 
 def test_split_is_not_finished_with_pages_that_are_not_there(keydir):
     for word in (at.SPLIT_OLD, at.SPLIT_LOW, at.SPLIT_HIGH, at.SPLIT_PAGES):
-        before, keydir.words[word] = keydir.words[word], 2**40
-        with pytest.raises(Damaged):
-            keydir.finish_split()
-        keydir.words[word] = before
+        for number in (2**40, keydir.words[at.CAPACITY] + (word == at.SPLIT_PAGES)):
+            before, keydir.words[word] = keydir.words[word], number
+            with pytest.raises(Damaged):
+                keydir.finish_split()
+            keydir.words[word] = before
 
 
 @pytest.mark.parametrize("number", [0, FULL, 2**64 - 1])

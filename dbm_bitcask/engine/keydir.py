@@ -236,7 +236,7 @@ class Keydir:
         """Leave CHANGING, from any point at which somebody may have died in it. Idempotent."""
         self.refresh()
         words = self.words
-        if max(words[at.SPLIT_OLD], words[at.SPLIT_LOW], words[at.SPLIT_HIGH], words[at.SPLIT_PAGES]) > words[at.CAPACITY]:
+        if max(words[at.SPLIT_OLD], words[at.SPLIT_LOW], words[at.SPLIT_HIGH], words[at.SPLIT_PAGES] - 1) >= words[at.CAPACITY]:
             raise Damaged("a split is unfinished, of pages that are not there")
         if words[at.SPLIT_OLD]:
             self._swing()
@@ -274,7 +274,7 @@ class Keydir:
         for _ in range(count):
             page = free or high_water
             magic = words[page * PAGE_WORDS + PAGE_MAGIC] if page < words[at.CAPACITY] else IN_USE
-            if magic == IN_USE or (free and magic != UNUSED):
+            if magic == IN_USE or (free and magic != UNUSED) or page in fresh:
                 raise Damaged(f"page {page} is not free")
             fresh.append(page)
             if free:

@@ -387,7 +387,7 @@ def _mark_moved(log: Log) -> bool:
     if words[at.MAGIC] != at.MAGIC_WORD or words[at.INODE] != identity.inode:
         return False
     words[at.STATE] = at.MOVED
-    words[at.EPOCH] += 1
+    words[at.EPOCH] = words[at.EPOCH] + 1 & at.MASK64  # it is not trusted, and may be anything
     return True
 
 
