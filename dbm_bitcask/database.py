@@ -355,7 +355,7 @@ class Database(MutableMapping[bytes, bytes]):
         return self._call(self._open_store().stats)
 
     def close(self) -> None:
-        """Make everything durable and end the use. A second call does nothing."""
+        """Make everything durable and end the use. A second call does nothing, unless the first was interrupted."""
         self._cursors.clear()
         self._call(self._store.close)
 

@@ -380,11 +380,6 @@ def _unless_refused(right: dict[object, object], acts: Mapping[object, object]) 
 LOOKS = {"r": read, "w": read_and_write}
 
 
-def is_about_all(complaint: Wrong) -> bool:
-    """Whether this is a count, or a list that ended with an error, which a lost record of an unknown key makes wrong."""
-    return complaint.what == "len" or (complaint.what in ("keys", "items") and isinstance(complaint.answer, Failed))
-
-
 def is_never_right(complaint: Wrong, small: Small) -> bool:
     """Whether no state of an index explains this: an exception of Python's, or a value that the key never had."""
     if isinstance(complaint.answer, Foreign):

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 import sys
 from typing import TYPE_CHECKING
 
@@ -72,9 +71,12 @@ def fuzz_hint(data: bytes) -> None:
     """`is_bound`, and `decode` of a hint that is. The segment is what the bytes say it is, so that more of them are looked at."""
     entry = Entry(*(int.from_bytes(data[at : at + 8], "little") for at in (8, 16, 24)))
     if hint.is_bound(data, entry):
-        with contextlib.suppress(struct.error):  # under a right checksum only: see `test_fuzz`
-            for key in hint.decode(data):
-                assert key.key in data
+        behind = segment.FIRST_RECORD
+        for key in hint.decode(data):
+            assert key.key in data
+            assert behind <= key.offset
+            behind = key.offset + key.size
+        assert behind <= max(entry.length, segment.FIRST_RECORD)
 
 
 def fuzz_names(data: bytes) -> None:

@@ -16,8 +16,7 @@ import pytest
 
 import dbm_bitcask
 from children import fork_and_wait
-from dbm_bitcask.engine import files, keydir, lock, record, rotation, segment
-from dbm_bitcask.engine import header as at
+from dbm_bitcask.engine import files, lock, record, rotation, segment
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.files import Directory
 from dbm_bitcask.engine.manifest import Entry, Manifest
@@ -46,7 +45,6 @@ def path(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_fdatasync", lambda _: None)
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(keydir.Keydir, "add_row", add_nth_row)
         path.mkdir()
         directory = Directory(str(path))
         sealed = [make_segment(directory, number) for number in range(1, SEGMENTS + 1)]
@@ -55,15 +53,6 @@ def path(tmp_path_factory):
         rotation.publish_manifest(directory, Manifest(1, active.id + 1, (*sealed, active)), 0o666)
         dbm_bitcask.open(path, "w").close()
     return path
-
-
-def add_nth_row(self, number):
-    """Without a look at all rows, for none is free but the next."""
-    while number * at.ROW_WORDS > self._table_bounds()[1] - self._table_bounds()[0]:
-        self._grow_table()
-    row = self._table_bounds()[0] + (number - 1) * at.ROW_WORDS
-    self.words[row + at.ROW_ID] = number
-    return row
 
 
 def make_segment(directory, number):

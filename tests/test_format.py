@@ -187,7 +187,8 @@ def words(tmp_path, monkeypatch):
     index = keydir.Keydir.create(Directory(str(tmp_path)).create("keydir", 0o600), BOOT)
     words = index.words
     index.listed = {7}
-    row = index.add_row(7)
+    index.add_rows([7])
+    row = index.rows()[7]
     words[row + at.ROW_DEAD], words[row + at.ROW_TOMBSTONES] = 32, 24
     for hashed, location in [(0x90169E50FC3FB66F, 7 << 32 | 32), (0x1234, 7 << 32 | 64), (0x1235, 7 << 32 | 96)]:
         index.store(index.room(hashed).free, hashed, location)

@@ -290,6 +290,13 @@ def test_creation_that_is_interrupted_at_any_line_can_be_done_again(tmp_path):
 
 def test_close_that_is_interrupted_at_any_line_can_be_called_again_and_loses_nothing(closed, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_CLEAN_KEYS", 0)  # it does most then
+    synced: dict[int, int] = {}
+
+    def sync(fd):
+        status = os.fstat(fd)
+        synced[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(files, "_fdatasync", sync)
     frozen, interruption = freeze(closed), Interruption("line", turns=1)
     expected = {**contents(closed), b"key 1": b"1" * 3000, b"last": b"value" * 200}
     for number in itertools.count(1):
@@ -297,8 +304,11 @@ def test_close_that_is_interrupted_at_any_line_can_be_called_again_and_loses_not
         db = dbm_bitcask.open(path, "w", **TINY)
         db[b"key 1"] = b"1" * 3000
         db[b"last"] = b"value" * 200
+        written = max(path.glob("*.data")).stat()
+        synced.clear()
         goes_on = interruption.run(db.close, number, EXCEPTIONS)
         db.close()
+        assert synced[written.st_ino] >= written.st_size
         assert contents(path) == open_lock_free(path, "w") == expected
         assert check(path) == []
         shutil.rmtree(path)

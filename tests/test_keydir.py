@@ -24,6 +24,7 @@ from dbm_bitcask.engine.page import (
     IN_USE,
     PAGE_CHECKSUM,
     PAGE_COUNTS,
+    PAGE_DEPTH,
     PAGE_MAGIC,
     SLOTS,
     UNUSED,
@@ -52,6 +53,11 @@ def fresh(file=None):
     keydir = Keydir.create(file or temporary_file(), 1)
     keydir.listed = {SEGMENT}
     return keydir
+
+
+def add_row(keydir, segment):
+    keydir.add_rows([segment])
+    return keydir.rows()[segment]
 
 
 def reopened(file):
@@ -646,6 +652,105 @@ def test_directory_keeps_its_checksums_when_it_doubles(keydir):
     touch_all(reopened(keydir.file), dict.fromkeys(range(1, 2**64, 2**52)))
 
 
+# Bits that flip while there are no checksums
+
+
+@pytest.fixture
+def full(keydir):
+    """An index of several pages of which one is full, and a hash that has its place there."""
+    model = fill(keydir, random_hashes(700))
+    hashes = iter(hashes_below(5, 3, 1000, seed=2))
+    for number, hashed in enumerate(hashes, 1000):
+        place = keydir.room(hashed)
+        if keydir.words[place.page * PAGE_WORDS + PAGE_COUNTS] & 0xFFFF == FULL - 1:
+            keydir.store(place.free, hashed, location(number))
+            model[hashed] = location(number)
+            return keydir, model, place.page, next(each for each in hashes if probe(keydir.table, each).page == place.page)
+        put(keydir, hashed, location(number))
+        model[hashed] = location(number)
+    raise AssertionError
+
+
+def require_refused(full, word, number):
+    """With a number in a word, the next split is `Damaged`, and changes nothing."""
+    keydir, model, _, hashed = full
+    before, keydir.words[word] = keydir.words[word], number
+    pages = {page: keydir.words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS].tolist() for page in keydir.pages()}
+    with pytest.raises(Damaged):
+        put(keydir, hashed, location(9))
+    assert {page: keydir.words[page * PAGE_WORDS : (page + 1) * PAGE_WORDS].tolist() for page in keydir.pages()} == pages
+    keydir.words[word] = before
+    require_sound(keydir, model)
+
+
+def test_page_whose_depth_has_a_flipped_bit_is_never_split(full):
+    keydir, model, page, hashed = full
+    word = page * PAGE_WORDS + PAGE_DEPTH
+    assert page_depth(keydir.words, page) in (2, 3)
+    for bit in range(32):
+        before = keydir.words[word]
+        keydir.words[word] ^= 1 << bit
+        with pytest.raises(Damaged, match=r"depth|deep"):
+            put(keydir, hashed, location(9))
+        keydir.words[word] = before
+        require_sound(keydir, model)
+    put(keydir, hashed, location(9))
+    require_sound(keydir, {**model, hashed: location(9)})
+
+
+def test_page_in_use_is_never_given_away(full):
+    keydir, _, page, _ = full
+    high_water = keydir.words[at.PAGES]
+    unused = free_list(keydir)[0]
+    for number in (page, 1, high_water + 1, 2**63):
+        require_refused(full, at.FREE, number)
+    require_refused(full, at.PAGES, max(keydir.pages()))
+    require_refused(full, unused * PAGE_WORDS + PAGE_CHECKSUM, unused)  # twice
+
+
+def test_split_is_not_finished_with_pages_that_are_not_there(keydir):
+    for word in (at.SPLIT_OLD, at.SPLIT_LOW, at.SPLIT_HIGH, at.SPLIT_PAGES):
+        for number in (2**40, keydir.words[at.CAPACITY] + (word == at.SPLIT_PAGES)):
+            before, keydir.words[word] = keydir.words[word], number
+            with pytest.raises(Damaged):
+                keydir.finish_split()
+            keydir.words[word] = before
+
+
+@pytest.mark.parametrize("number", [0, FULL, 2**64 - 1])
+def test_counts_of_a_page_may_be_any_number(keydir, number):
+    hashes = random_hashes(20)
+    fill(keydir, hashes)
+    counts = (probe(keydir.table, hashes[0]).page) * PAGE_WORDS + PAGE_COUNTS
+    for act in (lambda: delete(keydir, hashes[0]), lambda: put(keydir, hashes[0], location(99)), lambda: put(keydir, 99, location(1))):
+        keydir.words[counts] = number
+        act()
+    assert contents(keydir) == {**{hashed: location(n) for n, hashed in enumerate(hashes, 1)}, hashes[0]: location(99), 99: location(1)}
+
+
+def test_number_of_pages_without_a_checksum_may_be_too_small(keydir):
+    fill(keydir, random_hashes(1000))
+    keydir.words[at.UNSEALED] = 1
+    assert keydir.seal(1000)
+    assert keydir.words[at.UNSEALED] == 0
+
+
+def test_table_is_whole_if_it_has_one_row_for_each_segment_of_numbers_that_can_be(keydir):
+    keydir.listed = {1, 2, 300}
+    keydir.add_rows([1, 2, 300])
+    words, row, unused = keydir.words, keydir.rows()[2], max(keydir.rows().values()) + ROW_WORDS
+    assert keydir.has_rows()
+    for word, number in [(row, 3), (row, 1), (row, 0), (unused, 2), (row + at.ROW_DEAD, 2**63), (row + at.ROW_TOMBSTONES, 2**63)]:
+        before, words[word] = words[word], number
+        assert not keydir.has_rows()
+        words[word] = before
+    for table in (1, 2 | 1 << 32):
+        before, words[at.TABLE] = words[at.TABLE], table
+        assert not keydir.has_rows()
+        words[at.TABLE] = before
+    assert keydir.has_rows()
+
+
 # The segment table
 
 
@@ -654,7 +759,7 @@ def test_rows_of_segments_that_are_gone_are_used_again(keydir):
     rows = {}
     for number in range(1, 2000):
         keydir.listed = set(range(max(1, number - 5), number + 1))
-        rows[number] = keydir.add_row(number)
+        rows[number] = add_row(keydir, number)
         assert keydir.words[rows[number] + at.ROW_ID] == number
         keydir.words[rows[number] + at.ROW_DEAD] = number
     assert keydir.words[at.TABLE] == 1 | 1 << 32  # it never had to grow
@@ -663,23 +768,23 @@ def test_rows_of_segments_that_are_gone_are_used_again(keydir):
 
 def test_row_that_is_used_again_is_empty(keydir):
     keydir.listed = {1}
-    row = keydir.add_row(1)
+    row = add_row(keydir, 1)
     keydir.words[row + at.ROW_DEAD] = keydir.words[row + at.ROW_TOMBSTONES] = 99
     keydir.listed = {2}
-    assert keydir.add_row(2) == row
+    assert add_row(keydir, 2) == row
     assert keydir.words[row : row + ROW_WORDS].tolist() == [2] + [0] * (ROW_WORDS - 1)
 
 
 def test_row_of_a_segment_is_made_once(keydir):
     keydir.listed = {1, 2}
-    assert len({keydir.add_row(1), keydir.add_row(2), keydir.add_row(1)}) == 2
+    assert len({add_row(keydir, 1), add_row(keydir, 2), add_row(keydir, 1)}) == 2
 
 
 def test_table_grows_with_the_number_of_segments(keydir):
     model = fill(keydir, random_hashes(500))
     keydir.listed = set(range(1, 301))
     for number in range(1, 301):
-        row = keydir.add_row(number)
+        row = add_row(keydir, number)
         keydir.words[row + at.ROW_DEAD] = 10 * number
     assert keydir.words[at.TABLE] >> 32 == 8
     assert keydir.words[at.EPOCH] > 1
@@ -688,6 +793,17 @@ def test_table_grows_with_the_number_of_segments(keydir):
     other = reopened(keydir.file)
     other.listed = keydir.listed
     assert other.rows() == keydir.rows()
+
+
+def test_many_rows_are_made_at_once_and_none_twice(keydir):
+    keydir.listed = set(range(1, 301))
+    add_row(keydir, 7)
+    keydir.add_rows(range(1, 301))
+    rows, epoch = keydir.rows(), keydir.words[at.EPOCH]
+    assert sorted(rows) == list(range(1, 301))
+    assert len(set(rows.values())) == 300
+    keydir.add_rows(range(1, 301))
+    assert (keydir.rows(), keydir.words[at.EPOCH]) == (rows, epoch)
 
 
 # A kill at any moment
@@ -805,21 +921,21 @@ def test_growing_the_table_can_die_anywhere(tmp_path, machine, killed):
     keydir = fresh(file)
     keydir.listed = set(range(1, 65))
     for number in range(1, 65):
-        keydir.words[keydir.add_row(number) + at.ROW_DEAD] = number
+        keydir.words[add_row(keydir, number) + at.ROW_DEAD] = number
     good = (tmp_path / "keydir").read_bytes()
     keydir.listed = set(range(1, 66))
-    machine.run(lambda: keydir.add_row(65))
+    machine.run(lambda: keydir.add_rows([65]))
     for number in range(1, machine.steps + 1):
         path = tmp_path / str(number)
         path.write_bytes(good)
         dying = reopened(Directory(str(tmp_path)).open(path.name, write=True))
         dying.listed = set(range(1, 66))
-        assert machine.run(lambda dying=dying: dying.add_row(65), number, killed=killed)
+        assert machine.run(lambda dying=dying: dying.add_rows([65]), number, killed=killed)
         after = reopened(dying.file) if killed else dying
         after.listed = set(range(1, 66))
         if after.words[at.STATE] == at.CHANGING:
             after.finish_split()
-        row = after.add_row(65)
+        row = add_row(after, 65)
         assert after.words[row : row + ROW_WORDS].tolist() == [65] + [0] * (ROW_WORDS - 1)
         rows = after.rows()
         assert {each: after.words[rows[each] + at.ROW_DEAD] for each in range(1, 65)} == {each: each for each in range(1, 65)}

@@ -120,7 +120,7 @@ PLACES = [
     (contents, "write_hint"),
     (keydir.Keydir, "split"),
     (keydir.Keydir, "_swing"),
-    (keydir.Keydir, "add_row"),
+    (keydir.Keydir, "add_rows"),
     (keydir.Keydir, "seal"),
     (write, "put"),
     (write, "publish"),

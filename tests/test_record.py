@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from dbm_bitcask.engine import record, segment
 from dbm_bitcask.engine.record import BATCH, EXPIRES, HEADER, MARK, SEAL, SYNCED, TOMBSTONE, ZLIB, ZSTD
@@ -158,3 +159,55 @@ def test_record_inside_a_value_is_never_found(key, value, salt):
     bad = bytearray(data)
     bad[32] ^= 1
     assert segment.next_valid(bytes(bad), salt, 32, len(bad)) is None
+
+
+def checksummed(monkeypatch, action):
+    """How many bytes are put under checksums for what an action returns."""
+    counted = []
+
+    def count(data, seed):
+        counted.append(len(data))
+        return xxh3_64_intdigest(data, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "xxh3_64_intdigest", count)
+        return action(), sum(counted)
+
+
+def behind_a_damaged_value_full_of_headers(size):
+    """A segment of which one value looks everywhere like the header of a record that ends where the value does; and what follows it."""
+    promised = range(size - 8, 16, -24)
+    value = b"".join(HEADER.pack(1, each & -8, 17, 0, 0, 0) for each in promised)
+    fields = [{"flags": 0, "key": b"made up", "value": value}, {"flags": 0, "key": b"good", "value": b"value"}]
+    data, [_, good] = run_of(fields, 5, start=32)
+    bad = bytearray(data)
+    bad[48] ^= 1
+    return bytes(bad), good
+
+
+def test_search_for_the_next_record_takes_checksums_of_bytes_in_proportion_whatever_headers_promise(monkeypatch):
+    taken = []
+    for size in (2**18, 2**20):
+        data, good = behind_a_damaged_value_full_of_headers(size)
+        found, bytes_taken = checksummed(monkeypatch, lambda data=data: segment.next_valid(data, 5, 40, len(data)))
+        assert found == good
+        assert bytes_taken > 8 * size  # what is made up is looked at
+        taken.append(bytes_taken)
+    assert taken[1] < 5 * taken[0]
+
+
+@pytest.mark.parametrize("size", [100, 2**14, 2**16, 2**20])
+def test_long_record_behind_damage_is_found(size):
+    long = {"flags": 0, "key": b"long", "value": bytes(range(100)) * (size // 100)}
+    data, [damaged, good, _] = run_of([{"flags": 0, "key": b"k", "value": b"v" * 500}, long, long], 5, start=32)
+    bad = bytearray(data)
+    bad[damaged + 100] ^= 1
+    assert segment.next_valid(bytes(bad), 5, damaged + 8, len(bad)) == good
+
+
+@pytest.mark.parametrize(("place", "byte"), [(16, 8), (17, 1), (19, 0x80)], ids=["padding", "zero", "unknown flag"])
+def test_header_that_no_record_has_promises_nothing(place, byte):
+    data = bytearray(encode(SMALL[0], 0))
+    assert record.promised_length(data, 0) == len(data)
+    data[place] |= byte
+    assert record.promised_length(data, 0) == 0

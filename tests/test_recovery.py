@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -15,6 +16,7 @@ from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.header import MASK32, PAGE_SIZE
 from dbm_bitcask.engine.page import key_hash, probe
 from dbm_bitcask.engine.record import SEAL, TOMBSTONE
+from dbm_bitcask.engine.repair import repair
 
 ITEMS = {b"key %d" % number: b"value %d" % number for number in range(8)}
 TINY = {"segment_size": 4096}
@@ -637,6 +639,87 @@ def test_changing_keydir_that_fits_neither_manifest_is_made_anew(left):
     before = inode(left)
     require_contents(left, ITEMS)
     assert inode(left) != before
+
+
+@pytest.fixture
+def lossy(path):
+    """A record is lost, the only one of b"lost", or maybe a newer one of any older key; the index knew, and is not there either."""
+    with dbm_bitcask.open(path, "c") as db:
+        db[b"older"] = db[b"another"] = b"older"
+        db._store.locked(rotation.rotate)
+        db[b"lost"] = b"lost value"
+        db[b"newer"] = b"newer"
+    (path / "keydir").unlink()
+    file = active(path)
+    file.write_bytes(file.read_bytes().replace(b"lost value", b"lost_value"))
+    yield path
+    repair(path)
+    assert contents(path) == {b"older": b"older", b"another": b"older", b"newer": b"newer"}
+
+
+def raises_corruption(action):
+    try:
+        action()
+    except dbm_bitcask.CorruptionError as failure:
+        return failure.path.endswith(".data")
+    return False
+
+
+@pytest.mark.parametrize("flag", ["r", "w"])
+def test_where_a_record_of_an_unknown_key_is_lost_what_is_behind_it_is_sure_and_nothing_else(lossy, flag):
+    with dbm_bitcask.open(lossy, flag) as db:
+        assert (db[b"newer"], db.get(b"newer"), b"newer" in db) == (b"newer", b"newer", True)
+        for key in (b"older", b"lost", b"never there"):
+            assert all(map(raises_corruption, (lambda key=key: db[key], lambda key=key: db.get(key), lambda key=key: key in db)))
+        for things, sure in ((db, [b"newer"]), (db.items(), [(b"newer", b"newer")]), (db.values(), [b"newer"])):
+            walk = iter(things)
+            assert [next(walk) for _ in sure] == sure
+            assert raises_corruption(lambda walk=walk: next(walk))
+        assert all(map(raises_corruption, (lambda: len(db), db.keys, lambda: dict(db), lambda: list(db))))
+
+
+def test_where_a_record_of_an_unknown_key_is_lost_nothing_is_handed_out_or_moved_that_may_be_older(lossy):
+    with dbm_bitcask.open(lossy, "w") as db:
+        for act in (lambda: db.pop(b"older"), lambda: db.pop(b"lost", None), lambda: db.setdefault(b"older", b"x"), db.reorganize):
+            assert raises_corruption(act)
+        assert raises_corruption(lambda: db[b"older"])
+        db[b"another"] = b"set again"
+        assert db[b"another"] == b"set again"
+        assert db.setdefault(b"newer", b"x") == b"newer"
+        db[b"another"] = b"older"
+
+
+def steps_of(action):
+    """How many bytecodes an action takes."""
+    steps = 0
+
+    def trace(frame, event, _):
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+def test_rebuilding_is_linear_in_the_number_of_segments(tmp_path):
+    steps = []
+    for count in (40, 160):
+        path = tmp_path / str(count)
+        with dbm_bitcask.open(path, "c", **TINY) as db:
+            for number in range(count):
+                db[b"%d" % number] = bytes(3900)
+        assert len(sealed(path)) == count - 1
+        (path / "keydir").unlink()
+        steps.append(steps_of(lambda path=path: dbm_bitcask.open(path, "w").close()))
+        assert check(path) == []
+    assert steps[1] < 4.4 * steps[0]
 
 
 def test_seal_at_the_tail_is_a_rotation_to_be_finished(left):

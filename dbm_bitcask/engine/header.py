@@ -65,6 +65,8 @@ MASK32 = 0xFFFFFFFF
 BASE = (1 << 41) - PAGE_WORDS  # of an entry of the directory: the word at which its page begins
 VERSION = 1 << 41
 MASK64 = 0xFFFFFFFFFFFFFFFF
+ABSURD = 1 << 48  # bytes in one segment
+NEVER = 1 << 63  # epochs
 
 Words = memoryview  # of unsigned 64-bit integers
 
@@ -110,10 +112,14 @@ def is_sound(words: Words, identity: Identity, boot: int) -> bool:
 
 
 def _fits(words: Words, pages: int) -> bool:
-    """Whether what the header points at lies within the file."""
+    """Whether what the header points at lies within the file, and what it counts can be: a keydir in use has no checksum that says so."""
     root, table = words[ROOT], words[TABLE]
     depth = root >> 32
     if not 9 <= depth <= 40 or words[CURRENT] not in (COUNTERS_A, COUNTERS_B):
         return False
-    ends = ((root & MASK32) + (1 << depth - 9), (table & MASK32) + (table >> 32), words[PAGES], words[CAPACITY])
-    return max(ends) <= min(pages, len(words) // PAGE_WORDS)
+    ends = ((root & MASK32) + (1 << depth - 9), (table & MASK32) + (table >> 32))
+    if not max(ends) <= words[PAGES] <= words[CAPACITY] <= min(pages, len(words) // PAGE_WORDS):
+        return False
+    counts = max(words[copy + COUNT] for copy in (COUNTERS_A, COUNTERS_B))
+    sizes = max(words[copy + which] for copy in (COUNTERS_A, COUNTERS_B) for which in (TOMBSTONES, DEAD))
+    return bool(max(counts, words[UNSEALED]) <= words[PAGES] * PAGE_WORDS and sizes < ABSURD and words[EPOCH] < NEVER)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
+from .manifest import SHORTEST
 from .record import EXPIRES
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class HintWriter:
 
 
 def is_bound(buffer: Buffer, segment: Entry) -> bool:
-    """Whether these bytes are an undamaged hint of this very segment. O(bytes)."""
+    """Whether these bytes are an undamaged hint of this very segment, whose keys can be decoded. O(bytes)."""
     view = memoryview(buffer)
     if len(view) < _HEAD.size + _U64.size:
         return False
@@ -83,7 +84,22 @@ def is_bound(buffer: Buffer, segment: Entry) -> bool:
         return False
     (checksum,) = _U64.unpack_from(view, len(view) - _U64.size)
     body = xxh3_64_intdigest(view[_HEAD.size : -_U64.size])
-    return bool(xxh3_64_intdigest(view[: _HEAD.size], body) == checksum)
+    return bool(xxh3_64_intdigest(view[: _HEAD.size], body) == checksum) and _is_in_order(view, segment.length)
+
+
+def _is_in_order(view: memoryview, length: int) -> bool:
+    """Whether the keys fill the hint, and their records follow each other in the segment: no checksum says so of what somebody made up."""
+    at, end = _HEAD.size, len(view) - _U64.size
+    last = end - _KEY.size
+    behind = SHORTEST
+    unpack, size_of_key = _KEY.unpack_from, _KEY.size
+    while at <= last:
+        offset, size, key_size, flags = unpack(view, at)
+        if offset < behind:
+            return False
+        behind = offset + size
+        at += size_of_key + key_size + (_U64.size if flags & EXPIRES else 0)
+    return at == end and behind <= length
 
 
 def decode(buffer: Buffer) -> Iterator[Hint]:
@@ -91,8 +107,7 @@ def decode(buffer: Buffer) -> Iterator[Hint]:
     view = memoryview(buffer)
     at = _HEAD.size
     end = len(view) - _U64.size
-    unpack = _KEY.unpack_from
-    size_of_key = _KEY.size
+    unpack, size_of_key, new = _KEY.unpack_from, _KEY.size, tuple.__new__  # a third faster than Hint(...)
     while at < end:
         offset, size, key_size, flags = unpack(view, at)
         at += size_of_key
@@ -100,5 +115,5 @@ def decode(buffer: Buffer) -> Iterator[Hint]:
         if flags & EXPIRES:
             (expiry,) = _U64.unpack_from(view, at)
             at += _U64.size
-        yield Hint(offset, size, flags, bytes(view[at : at + key_size]), expiry)
+        yield new(Hint, (offset, size, flags, bytes(view[at : at + key_size]), expiry))
         at += key_size

@@ -146,20 +146,20 @@ class Keydir:
             self.split(place.page, hashed)
 
     def store(self, slot: int, hashed: int, location: int) -> None:
-        """Put a location into a slot (0: delete it), and keep the counts of its page."""
+        """Put a location into a slot (0: delete it), and keep the counts of its page, which may be anything where bits have flipped."""
         words = self.words
         base = slot & -PAGE_WORDS
         if words[base + PAGE_CHECKSUM]:
             self.unseal(slot // PAGE_WORDS)
         before = words[slot]
         if not words[slot - 1]:
-            words[base + PAGE_COUNTS] += 1
+            words[base + PAGE_COUNTS] = words[base + PAGE_COUNTS] + 1 & MASK64
             words[slot - 1] = hashed
         elif not before:
-            words[base + PAGE_COUNTS] -= DELETED
+            words[base + PAGE_COUNTS] = words[base + PAGE_COUNTS] - DELETED & MASK64
             words[slot - 1] = hashed
         elif not location:
-            words[base + PAGE_COUNTS] += DELETED
+            words[base + PAGE_COUNTS] = words[base + PAGE_COUNTS] + DELETED & MASK64
         words[slot] = location
 
     def recount(self, page: int) -> None:
@@ -191,6 +191,7 @@ class Keydir:
         """
         slots = page_slots(self.words, page, min(self.listed, default=0) << 32 or 1)
         depth = page_depth(self.words, page)
+        self._require_depth(page, depth, hashed)
         if len(slots) <= FULL // 2:
             images: tuple[list[int], ...] = divide(slots, 0)[:1]
         else:
@@ -214,28 +215,46 @@ class Keydir:
         self._swing()
         at.enter(words, at.DIRTY)
 
+    def _require_depth(self, page: int, depth: int, hashed: int) -> None:
+        """`Damaged` unless the entries that name a page are those that its depth says: it is believed where entries are swung."""
+        directory, base = self.table.directory, page * PAGE_WORDS
+        entries = self._entries(depth, hashed)
+        buddy = entries.start ^ len(entries)
+        named = {entry & BASE for entry in directory[entries.start : entries.stop].tolist()}
+        if named != {base} or (depth and directory[buddy] & BASE == base):
+            raise Damaged(f"page {page} is not as deep as it says")
+
+    def _entries(self, depth: int, hashed: int) -> range:
+        """The entries of all hashes that share so many bits with this one."""
+        spread = 64 - self.table.shift - depth
+        if spread < 0:
+            raise Damaged(f"a page says that it has depth {depth}, which is more than the directory has")
+        first = hashed >> 64 - depth << spread
+        return range(first, first + (1 << spread))
+
     def finish_split(self) -> None:
         """Leave CHANGING, from any point at which somebody may have died in it. Idempotent."""
         self.refresh()
-        if self.words[at.SPLIT_OLD]:
+        words = self.words
+        if max(words[at.SPLIT_OLD], words[at.SPLIT_LOW], words[at.SPLIT_HIGH], words[at.SPLIT_PAGES] - 1) >= words[at.CAPACITY]:
+            raise Damaged("a split is unfinished, of pages that are not there")
+        if words[at.SPLIT_OLD]:
             self._swing()
         self.words[at.EPOCH] += 1
         at.enter(self.words, at.DIRTY)
 
     def _swing(self) -> None:
         """Step 4, as the words at SPLIT say. Idempotent."""
-        words, directory, shift = self.table.words, self.table.directory, self.table.shift
+        words, directory = self.table.words, self.table.directory
         old = words[at.SPLIT_OLD]
-        depth = page_depth(words, old)
-        spread = 64 - shift - depth
-        first = words[at.SPLIT_HASH] >> 64 - depth << spread
-        middle = first + (1 << spread) // 2
+        entries = self._entries(page_depth(words, old), words[at.SPLIT_HASH])
+        middle = entries.start + len(entries) // 2
         for kid in {words[at.SPLIT_LOW], words[at.SPLIT_HIGH]}:
             words[kid * PAGE_WORDS + PAGE_CHECKSUM] = 0
             words[kid * PAGE_WORDS + PAGE_MAGIC] = IN_USE
         if fence:
             fence()
-        for index in range(first, first + (1 << spread)):
+        for index in entries:
             entry = directory[index]
             if entry & BASE == old * PAGE_WORDS:
                 self._unseal_chunk(index // PAGE_WORDS)
@@ -253,11 +272,14 @@ class Keydir:
         high_water, free = words[at.PAGES], words[at.FREE]
         fresh = []
         for _ in range(count):
+            page = free or high_water
+            magic = words[page * PAGE_WORDS + PAGE_MAGIC] if page < words[at.CAPACITY] else IN_USE
+            if magic == IN_USE or (free and magic != UNUSED) or page in fresh:
+                raise Damaged(f"page {page} is not free")
+            fresh.append(page)
             if free:
-                fresh.append(free)
                 free = words[free * PAGE_WORDS + PAGE_CHECKSUM]
             else:
-                fresh.append(high_water)
                 high_water += 1
         return fresh, high_water, free
 
@@ -333,7 +355,7 @@ class Keydir:
             base = page * PAGE_WORDS
             if words[base + PAGE_MAGIC] == IN_USE and not words[base + PAGE_CHECKSUM]:
                 words[base + PAGE_CHECKSUM] = page_checksum(words, page)
-                words[at.UNSEALED] -= 1
+                words[at.UNSEALED] = max(0, words[at.UNSEALED] - 1)
         if self.touched:
             return False
         directory, chunks = self.table.directory, 1 << 55 - self.table.shift
@@ -366,18 +388,30 @@ class Keydir:
         ids = self.words[start + at.ROW_ID : end : ROW_WORDS].tolist()
         return {segment: start + number * ROW_WORDS for number, segment in enumerate(ids) if segment in self.listed}
 
-    def add_row(self, segment: int) -> int:
-        """The row of a segment, made if it is not there: a row of a segment that is gone is used again."""
+    def add_rows(self, segments: Collection[int]) -> None:
+        """Make a row for each segment that has none: rows of segments that are gone are used again. O(rows)."""
         rows = self.rows()
-        if segment in rows:
-            return rows[segment]
         taken = set(rows.values())
+        free: Iterator[int] = (row for row in range(*self._table_bounds(), ROW_WORDS) if row not in taken)
+        for segment in segments:
+            if segment in rows:
+                continue
+            row = next(free, 0)
+            if not row:
+                row = self._grow_table()
+                free = iter(range(row + ROW_WORDS, self._table_bounds()[1], ROW_WORDS))
+            words = self.words
+            words[row : row + ROW_WORDS] = array("Q", bytes(8 * ROW_WORDS))
+            words[row + at.ROW_ID] = segment
+
+    def has_rows(self) -> bool:
+        """Whether each segment that exists has one row, of numbers that can be."""
         start, end = self._table_bounds()
-        row = next((row for row in range(start, end, ROW_WORDS) if row not in taken), 0) or self._grow_table()
-        words = self.words
-        words[row : row + ROW_WORDS] = array("Q", bytes(8 * ROW_WORDS))
-        words[row + at.ROW_ID] = segment
-        return row
+        ids = self.words[start + at.ROW_ID : end : ROW_WORDS].tolist()
+        sizes = (self.words[start + which : end : ROW_WORDS].tolist() for which in (at.ROW_DEAD, at.ROW_TOMBSTONES))
+        return (
+            sum(1 for segment in ids if segment in self.listed) == len(self.rows()) == len(self.listed) and max(map(max, sizes)) < at.ABSURD
+        )
 
     def _table_bounds(self) -> tuple[int, int]:
         table = self.words[at.TABLE]

@@ -366,7 +366,7 @@ class Log:
                     raise
                 continue
             if words[at.EPOCH] == epoch == self.epoch:
-                self._require_undamaged(location or 0)
+                self.require_undamaged(location or 0)
                 return location
 
     def _match(self, key: bytes, candidates: list[int]) -> int | None:
@@ -377,10 +377,11 @@ class Log:
                 self.read(location)  # another key with this hash, or damage
         return None
 
-    def _require_undamaged(self, location: int) -> None:
+    def require_undamaged(self, location: int = 0) -> None:
+        """Raise if a record was lost whose key is not known, and what stands at this location, or is not there, may be older."""
         damage = self.keydir.words[at.DAMAGED]
         if damage and location <= damage:
-            raise self.corrupt(damage, "a record was lost here whose key is not known, maybe a newer one of this key; run `repair`")
+            raise self.corrupt(damage, "a record was lost here whose key is not known, so that what is older cannot be told; run `repair`")
 
     def published(self) -> tuple[int, int]:
         """(number of keys, tail); an operation that died between its slot and the counters counts as its slot says."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["MARKER", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer"]
+__all__ = ["MARKER", "SHORTEST", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer"]
 
 MARKER = b"dbm_bitcask\r\n\x1a\n\0"
 VERSION = 1
@@ -25,7 +25,9 @@ VERSION = 1
 _HEAD = struct.Struct("<16sIIQQ")
 _SEGMENT = struct.Struct("<QQQ")
 _CHECKSUM = struct.Struct("<Q")
-_SHORTEST = 32  # bytes of a sealed segment: those of its header
+SHORTEST = 32  # bytes of a sealed segment: those of its header
+_LONGEST = 2**33  # its last record ends below 2^32, and a seal stands behind it
+_NEVER = 2**63  # commits: so that the next one has a number, too
 
 
 class BadManifest(Exception):
@@ -87,13 +89,15 @@ def decode(data: bytes) -> Manifest:
     if xxh3_64_intdigest(data[:end]) != checksum:
         raise BadManifest("its checksum does not verify")
     segments = tuple(map(Entry._make, _SEGMENT.iter_unpack(data[_HEAD.size : end])))
-    _require_order(segments, next_id)
+    _require_order(number, segments, next_id)
     return Manifest(number, next_id, segments, checksum)
 
 
-def _require_order(segments: tuple[Entry, ...], next_id: int) -> None:
+def _require_order(number: int, segments: tuple[Entry, ...], next_id: int) -> None:
     ids = [entry.id for entry in segments]
     if not ids or ids != sorted(set(ids)) or not 0 < ids[0] <= ids[-1] < next_id <= 2**32:
         raise BadManifest("its segments are out of order")
-    if segments[-1].length or any(entry.length < _SHORTEST for entry in segments[:-1]):
+    if segments[-1].length or any(entry.length < SHORTEST for entry in segments[:-1]):
         raise BadManifest("not exactly its last segment is active")
+    if number >= _NEVER or any(entry.length >= _LONGEST for entry in segments):
+        raise BadManifest("it holds numbers that are never reached")

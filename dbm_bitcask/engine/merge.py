@@ -68,6 +68,7 @@ def _total(log: Log) -> int:
 
 
 def _seal_if_worth(log: Log) -> int:
+    log.require_undamaged()  # or what may be older would be copied behind what was lost
     row = log.rows[log.manifest.active.id]
     words = log.keydir.words
     dead = words[row + at.ROW_DEAD] + (log.keydir.counter(at.TOMBSTONES) if _can_tombstones_go(log) else 0)

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
-    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "record_length",
+    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "promised_length",
+    "record_length",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")
 BODY = struct.Struct("<IIBxHI")  # the header without its checksum
+_PROMISE = struct.Struct("<8xIIBBH4x")
 _U64 = struct.Struct("<Q")
 CHECKSUM_SIZE = _U64.size
 ALIGNMENT = 8
@@ -117,6 +119,14 @@ def decode_head(buffer: Buffer, offset: int) -> Head | None:
     if not key_start <= key_end <= key_end + padding <= size or size & 7:
         return None
     return Head(flags, CHECKSUM_SIZE + size, CHECKSUM_SIZE + key_start, CHECKSUM_SIZE + key_end)
+
+
+def promised_length(buffer: Buffer, offset: int) -> int:
+    """The length of the record that the 24 bytes at `offset` promise, or 0 if no record has such a header. Not verified."""
+    size, key_end, padding, zero, flags = _PROMISE.unpack_from(buffer, offset)
+    if size & 7 or zero or padding >= ALIGNMENT or flags & ~_KNOWN or not BODY.size <= key_end <= size:
+        return 0
+    return CHECKSUM_SIZE + int(size)
 
 
 def decode(buffer: Buffer, offset: int, seed: int) -> Record | None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .hint import Hint
 
 __all__ = [
+    "build_beside",
     "heal",
     "is_poisoned",
     "is_unfinished",
@@ -177,6 +178,7 @@ def _publish(log: Log, tail: int, found: record.Record) -> None:
     other = words[at.CURRENT] ^ at.OTHER
     checksum = int.from_bytes(log.active.read(record.CHECKSUM_SIZE, tail & MASK32), "little")
     prepared = (words[other + at.START], words[other + at.TAIL], words[other + at.CHECKSUM]) == (tail, end, checksum)
+    prepared = prepared and words[other + at.ROW] in (0, *(row + at.ROW_DEAD for row in log.rows.values()))
     if found.flags & MARK:
         write.publish_mark(log, tail, length, checksum)
         return
@@ -217,6 +219,8 @@ def take_keydir(log: Log) -> bool:
     log.keydir = Keydir(file, words, write=log.write)
     log.beside = None
     log.refresh()
+    if not log.keydir.has_rows() and log.is_current():
+        return False
     return log.write or log.is_named()  # under the lock nobody puts another one in its place
 
 
@@ -237,7 +241,7 @@ def _fits_log(log: Log, words: at.Words) -> bool:
     if size < offset or (size != offset and words[at.STATE] in (at.CLEAN, at.RESTING)):
         return False  # nobody was writing, and yet the log went on: this keydir is older
     if start >> 32 != entry.id:
-        return True
+        return not start or offset == segment.FIRST_RECORD  # of a keydir that was just built, or of a segment without records
     header = file.read(record.HEADER.size, start & MASK32)
     if not header.startswith(checksum.to_bytes(record.CHECKSUM_SIZE, "little")):
         return False
@@ -268,6 +272,13 @@ def open_private_keydir(log: Log, named: File | None) -> None:
     log.refresh()
 
 
+def build_beside(log: Log) -> Keydir:
+    """A keydir of every record that verifies, whatever the hints say, in a file outside the database."""
+    beside = _build(log, files.temporary_file(), log.keydir.counter(at.TAIL) & MASK32, read_hints=False)
+    log.scanned_end = 0
+    return beside
+
+
 def rebuild(log: Log) -> None:
     """Make a new keydir from the log, and put it in the place of the one that is there. O(bytes of the log); O(keys) with hints."""
     log.directory.refuse_remote()
@@ -277,7 +288,7 @@ def rebuild(log: Log) -> None:
     temporary = names.temporary_name(names.KEYDIR)
     file = log.directory.create(temporary, log.mode)
     try:
-        keydir = _build(log, file, end, hints=True)
+        keydir = _build(log, file, end, write_hints=True)
         if torn:
             end = _leave_torn_segment(log, keydir, end)
         keydir.make_room()
@@ -357,7 +368,7 @@ def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:
     row = keydir.rows()[cut.id]
     keydir.words[row + at.ROW_TOMBSTONES] = keydir.words[at.COUNTERS_A + at.TOMBSTONES]
     keydir.words[at.COUNTERS_A + at.TOMBSTONES] = 0
-    keydir.add_row(fresh.id)
+    keydir.add_rows((fresh.id,))
     return segment.FIRST_RECORD
 
 
@@ -377,7 +388,7 @@ def _mark_moved(log: Log) -> bool:
     if words[at.MAGIC] != at.MAGIC_WORD or words[at.INODE] != identity.inode:
         return False
     words[at.STATE] = at.MOVED
-    words[at.EPOCH] += 1
+    words[at.EPOCH] = words[at.EPOCH] + 1 & at.MASK64  # it is not trusted, and may be anything
     return True
 
 
@@ -425,7 +436,7 @@ class _Builder:
         keydir.store(slot, hashed, number << 32 | key.offset)
 
 
-def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
+def _build(log: Log, file: File, end: int, *, read_hints: bool = True, write_hints: bool = False) -> Keydir:
     """A keydir of everything up to `end` of the active segment, in an empty file."""
     keydir = Keydir.create(file, log.directory.boot_id())
     keydir.listed = log.entries
@@ -433,10 +444,9 @@ def _build(log: Log, file: File, end: int, *, hints: bool = False) -> Keydir:
     builder = _Builder(log, keydir)
     damage: list[contents.Damage] = []
     for entry in log.manifest.segments:
-        for key in _keys(log, entry, end, damage, hints=hints):
+        for key in _keys(log, entry, end, damage, read_hint=read_hints, write_hint=write_hints):
             builder.apply(entry.id, key)
-    for entry in log.manifest.segments:
-        keydir.add_row(entry.id)
+    keydir.add_rows(log.entries)
     _store_tallies(log, keydir, builder, end)
     words = keydir.words
     words[at.DAMAGED] = max((place.segment << 32 | place.offset for place in damage), default=0)
@@ -457,9 +467,9 @@ def _store_tallies(log: Log, keydir: Keydir, builder: _Builder, end: int) -> Non
     words[at.COUNTERS_A + at.TOMBSTONES] = builder.tombstones.get(active, 0)
 
 
-def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, hints: bool) -> Iterator[Hint]:
-    """The keys of a segment from its hint; else from its records, and then its hint is written."""
-    if entry.length:
+def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, read_hint: bool, write_hint: bool) -> Iterator[Hint]:
+    """The keys of a segment from its hint; else from its records, and then its hint may be written."""
+    if entry.length and read_hint:
         known = contents.read_keys(log.directory, entry)
         if known is not None:
             yield from known
@@ -469,5 +479,5 @@ def _keys(log: Log, entry: Entry, end: int, damage: list[contents.Damage], *, hi
     reading = contents.Reading(segment.map_segment(file, end), entry, end)
     yield from reading.keys()
     damage.extend(reading.damage)
-    if hints and entry.length and not reading.damage:
+    if write_hint and entry.length and not reading.damage:
         contents.write_hint(log.directory, reading.buffer, entry, log.mode)

@@ -5,8 +5,9 @@
        whose own header verifies is listed, in the order of the ids; so what had been merged or cleared away a moment before the damage,
        and was not deleted yet, comes back.
     2. The keydir is made anew.
-    3. What is left of a segment with damage is appended again, as a merge does it. A key of which the hint of the segment knows that its
-       newest record is lost is deleted: it must not have an older value instead. Then a manifest without the segment is committed.
+    3. What is left of a segment with damage is appended again, as a merge does it. A key of which the hint of the segment or the keydir
+       knows that its newest record is lost is deleted: it must not have an older value instead. Where neither knows, it may get one. Then a
+       manifest without the segment is committed.
 
 Whatever is left out gets another name, with `damaged` at its end, and stays. A crash anywhere leaves something to repair.
 """
@@ -22,7 +23,7 @@ from . import header as at
 from .errors import CorruptionError, NotFoundError, error
 from .log import Log, read_manifest
 from .manifest import Entry, Manifest
-from .page import Damaged, check_entry
+from .page import Damaged, check_entry, locations, page_slots
 from .portable import open_directory
 from .record import TOMBSTONE
 
@@ -77,8 +78,14 @@ def _repair(log: Log) -> Iterator[Step]:
     for location, key in lost:  # before anything is moved: what stands before the lost record is older
         if write.locate(log, key.key, room=False).location != location:  # else it is not lost
             yield from _bury(log, location, key)
+    recovery.ready(log)
+    if any(entry == log.manifest.active for entry, _ in damaged):
+        rotation.rotate(log)
+    buried: set[bytes] = set()
+    if opens and damaged:
+        yield from _bury_revived(log, buried)
     for entry, reading in damaged:
-        yield from _salvage(log, entry, reading)
+        yield from _salvage(log, entry, reading, buried)
     if damaged or (opens and not rested):  # what a killed process touched has no checksum
         recovery.rebuild(log)
 
@@ -218,19 +225,18 @@ def _damaged(log: Log, *, opens: bool) -> Iterator[tuple[Entry, contents.Reading
             yield entry, reading
 
 
-def _salvage(log: Log, entry: Entry, reading: contents.Reading) -> Iterator[Step]:
+def _salvage(log: Log, entry: Entry, reading: contents.Reading, buried: set[bytes]) -> Iterator[Step]:
     """Append what counts of a damaged segment again, and list it no more."""
     recovery.ready(log)
-    if entry.id == log.manifest.active.id:
-        rotation.rotate(log)
-        entry = log.entries[entry.id]
+    entry = log.entries[entry.id]  # maybe sealed by now
     name, damage = names.segment_name(entry.id), list(reading.damage)
     lost = [key for key in _hinted(log, entry) if any(place.offset <= key.offset < place.end for place in damage)]
     for offset, found in contents.Reading(reading.buffer, entry, reading.end).records():
         if not found.flags & contents.OVERHEAD:
             write.keep(log, entry.id << 32 | offset, found)
     for key in lost:
-        yield from _bury(log, entry.id << 32 | key.offset, key)
+        if key.key not in buried:
+            yield from _bury(log, entry.id << 32 | key.offset, key)
     log.durable(log.active.sync_contents)
     aside = names.damaged_name(name)
     log.directory.link(name, aside)
@@ -238,6 +244,21 @@ def _salvage(log: Log, entry: Entry, reading: contents.Reading) -> Iterator[Step
     for _, start, end in damage:
         yield Step(log.directory.where(name), f"{end - start} bytes at offset {start} are no record; the others were copied")
     yield Step(log.directory.where(name), f"it is {aside} now")
+
+
+def _bury_revived(log: Log, buried: set[bytes]) -> Iterator[Step]:
+    """Delete each key of which the keydir knows that its newest record is lost, a tombstone maybe, and that the log has an older one of."""
+    readable = recovery.build_beside(log)
+    for page in readable.pages():
+        for _, location in page_slots(readable.words, page):
+            key = log.peek(location).key
+            slots = locations(log.keydir.table, key)
+            if location not in slots and max(slots, default=location) >= location:  # else it is the keydir that is wrong
+                newest = write.locate(log, key, room=False)
+                write.bury(log, newest, key)
+                if newest.location:
+                    yield _deleted(log, newest.location, key)
+                    buried.add(key)
 
 
 def _bury(log: Log, location: int, key: Hint) -> Iterator[Step]:
@@ -249,5 +270,9 @@ def _bury(log: Log, location: int, key: Hint) -> Iterator[Step]:
     if newest.location or key.flags & TOMBSTONE:
         write.bury(log, newest, key.key)
     if not key.flags & TOMBSTONE:
-        path = log.directory.where(names.segment_name(location >> 32))
-        yield Step(path, f"the value of key {key.key[:80]!r} is lost; the key was deleted")
+        yield _deleted(log, location, key.key)
+
+
+def _deleted(log: Log, location: int, key: bytes) -> Step:
+    path = log.directory.where(names.segment_name(location >> 32))
+    return Step(path, f"the value of key {key[:80]!r} is lost; the key was deleted")

@@ -92,7 +92,7 @@ def _require_own_manifest(log: Log) -> None:
 def _new_segment(log: Log) -> Entry:
     _require_own_manifest(log)
     fresh = Entry(log.manifest.next_id, secrets.randbits(64), 0)
-    log.keydir.add_row(fresh.id)  # before the commit: it may need space
+    log.keydir.add_rows((fresh.id,))  # before the commit: it may need space
     segment.create(log.directory, fresh, log.mode)
     return fresh
 
@@ -137,7 +137,7 @@ def finish_commit(log: Log, listed: Manifest) -> None:
 def _enter(log: Log, old_tail: int, new_tail: int) -> None:
     """Move the counters to a segment without records."""
     keydir = log.keydir
-    keydir.add_row(new_tail >> 32)
+    keydir.add_rows((new_tail >> 32,))
     rows, words = keydir.rows(), keydir.words
     current = words[at.CURRENT]
     other = current ^ at.OTHER

@@ -40,6 +40,8 @@ _GENERATION = struct.Struct("<I")
 _CHECKSUM = struct.Struct("<Q")
 FIRST_RECORD = _HEADER.size + _CHECKSUM.size
 _GENERATION_AT = 12
+_LONG = 2**14  # bytes; the checksum of fewer takes no longer than the look at the header
+_PATIENCE = 8
 
 
 class Found(NamedTuple):
@@ -125,9 +127,21 @@ def scan(buffer: Buffer, salt: int, start: int, end: int) -> Iterator[Found]:
 
 
 def next_valid(buffer: Buffer, salt: int, start: int, end: int) -> int | None:
-    """The offset of the first record that verifies at or behind `start`: how damage is looked past. O(bytes)."""
+    """The offset of the first record that verifies at or behind `start`: how damage is looked past. O(bytes).
+
+    Somebody may have made up values that look like the header of a long record wherever one looks. So the checksums of long ones may
+    take several times the bytes that there are, and then no more of them are tried: what cannot be read is damage, and is reported.
+    """
     view = memoryview(buffer)[:end]
+    patience = _PATIENCE * (end - start)
     for offset in range(start + -start % record.ALIGNMENT, end - RECORD_HEADER.size + 1, record.ALIGNMENT):
+        length = record.promised_length(view, offset)
+        if not length or offset + length > end:
+            continue
+        if length > _LONG:
+            if patience < 0:
+                continue
+            patience -= length
         try:
             if record.decode(view, offset, salt ^ offset) is not None:
                 return offset

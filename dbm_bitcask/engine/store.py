@@ -192,11 +192,15 @@ class Store:
             try:
                 log.adopt(listed)
                 if recovery.take_keydir(log):
+                    listed = log.manifest  # which may be newer by now
+                    # One look, for a good database is opened in no time whatever is in the directory.
+                    _refuse_other_lineage(log.directory, listed, [names.segment_name(listed.next_id)])
                     return
                 if turn > 1:  # else a writer may be opening it at this moment
+                    _refuse_other_lineage(log.directory, listed, log.directory.list())
                     recovery.open_private_keydir(log, named)
                     return
-            except (FileNotFoundError, Gone):
+            except (FileNotFoundError, Gone, CorruptionError):
                 if read_manifest(log.directory).checksum == listed.checksum:
                     raise
         raise error(f"{log.directory.name}: the list of segments changes faster than it can be read")
@@ -237,6 +241,12 @@ class Store:
 
     def __len__(self) -> int:
         """The number of keys. O(1)."""
+        count = self._count()
+        self.log.require_undamaged()
+        return count
+
+    def _count(self) -> int:
+        """The number of keys, as far as they are known."""
         log = self.log
         log.look_beside()
         while True:
@@ -354,16 +364,27 @@ class Store:
         self.syncer.sync()
 
     def close(self) -> None:
-        """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing."""
+        """Make everything durable, and leave the keydir to be trusted by the next one. A second call does nothing.
+
+        Where it fails, the handle is closed nevertheless; one that is interrupted is not, so that it can be called again.
+        """
         if self.closed:
             return
         self.closed = True
-        self.syncer.stop()
         try:
             if self._wrote and not self.log.released:
                 self._settle()
-        finally:
-            self.log.release()
+        except OSError:
+            self._release()
+            raise
+        except BaseException:
+            self.closed = False
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        self.syncer.stop()
+        self.log.release()
 
     def _settle(self) -> None:
         log = self.log
@@ -373,7 +394,7 @@ class Store:
             self._write_hints()
         while not self.locked(_seal_slice):
             pass
-        clean = len(self) >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
+        clean = self._count() >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
         self.locked(_rest, clean)
         if clean:
             tail = log.keydir.counter(at.TAIL)
@@ -397,7 +418,7 @@ class Store:
         """The state of the database. O(segments + pages of the index)."""
         log = self.log
         while True:
-            count, epoch = len(self), log.epoch
+            count, epoch = self._count(), log.epoch
             try:
                 stats = self._stats(count)
             except KeyError:  # a rotation in between
@@ -505,6 +526,7 @@ def _recover_keydir(log: Log) -> None:
 
 def _pop(log: Log, key: bytes) -> bytes | None:
     place = write.locate(log, key, room=False)
+    log.require_undamaged(place.location)
     if not place.location:
         return None
     value = log.read(place.location).value
@@ -514,6 +536,7 @@ def _pop(log: Log, key: bytes) -> bytes | None:
 
 def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
     place = write.locate(log, key, room=False)
+    log.require_undamaged(place.location)
     if place.location:
         return log.read(place.location).value
     write.put(log, key, default)

@@ -9,6 +9,9 @@ A walk covers the log up to the tail T at its start, and asks the keydir about e
 
 So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments are mapped
 until they have been walked, so that a merge does not take them away. Memory: only keys that moved beyond T are remembered.
+
+Where a record was lost whose key is not known, what stands before it may be older than that: the walk begins behind it, and ends with the
+error, as it does where a record is damaged whose key the slot knows.
 """
 
 from __future__ import annotations
@@ -42,13 +45,14 @@ def walk(log: Log, start: int = 0, *, hold: bool = True) -> Iterator[tuple[bytes
     """Every present key with a location of its record, from location `start` on. O(bytes of hints, or of records without one).
 
     Without `hold`, for those who want the first keys only, a segment is opened when its turn comes, and the walk ends if it is gone.
-    Where records are damaged, every key that can be read is yielded first; then `CorruptionError` tells of the others.
+    Where records are damaged, every key that is sure is yielded first; then `CorruptionError` tells of the others.
     """
     log.look_beside()
     tail, segments = _hold(log, start, hold=hold)
     moved: set[bytes] = set()
     damage = log.keydir.words[at.DAMAGED]
-    segments.reverse()
+    start = max(start, damage)
+    segments = [held for held in reversed(segments) if held.entry.id >= start >> 32]
     while segments:
         held = segments.pop()
         epoch = log.epoch
@@ -61,7 +65,7 @@ def walk(log: Log, start: int = 0, *, hold: bool = True) -> Iterator[tuple[bytes
         yield from _walk_segment(log, held, first, tail, moved)
         damage = damage or (held.entry.id << 32 | held.damage[0] if held.damage else 0)
     if damage:
-        raise log.corrupt(damage, "keys were lost here; all others have been listed; run `repair`")
+        raise log.corrupt(damage, "keys were lost here; all that are sure have been listed; run `repair`")
 
 
 def _hold(log: Log, start: int, *, hold: bool) -> tuple[int, list[Held]]:
