@@ -170,6 +170,8 @@ class File(Descriptor):
 
     def map(self, length: int, *, write: bool = False) -> mmap.mmap:
         """The first `length` bytes as shared memory."""
+        if not _MAP_OPTIONS:
+            _occupy_standard_streams()
         return mmap.mmap(self.fd, length, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ, **_MAP_OPTIONS)
 
     def map_without_descriptor(self, length: int) -> Buffer:
@@ -281,6 +283,15 @@ class Directory(Descriptor):
             "not a regular file (move it away: a database is made of regular files only)",
             self.where(name),
         )
+
+
+def _occupy_standard_streams() -> None:
+    """Have /dev/null under those of the first three numbers that are closed: a map would get one, and what is printed would land in it."""
+    for fd in range(3):
+        try:
+            fcntl.fcntl(fd, fcntl.F_GETFD)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def make_directory(path: str, mode: int) -> None:

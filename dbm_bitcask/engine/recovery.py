@@ -72,7 +72,7 @@ def ready(log: Log) -> None:
         elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
             _repair(log)
         else:
-            words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time())
+            words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time()) & MASK32
             return
 
 
@@ -102,7 +102,7 @@ def _begin(log: Log) -> None:
         words[at.DEVICE], words[at.BOOT_LOW], words[at.BOOT_HIGH] = identity.device, boot & at.MASK64, boot >> 64
         at.enter(words, at.DIRTYING)
     elif state == at.DIRTYING:
-        log.keydir.file.sync()  # before the first change: a clean mark must not outlive it
+        log.durable(log.keydir.file.sync)  # before the first change: a clean mark must not outlive it
         at.enter(words, at.DIRTY)
     elif state == at.RESTING:
         at.enter(words, at.DIRTY)
