@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from .engine.errors import CLOSED, FlagError, error
+from .engine.errors import CLOSED, FlagError, as_error, error
 from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _open(path: str, letter: str, options: Options, interval: float | None) -> D
         else:
             store = Store.open_writer(path, options, interval, create=letter == "c")
     except OSError as failure:
-        raise _as_error(failure, path) from failure
+        raise as_error(failure, path) from failure
     # Pickled, a handle of flag n or c becomes one of flag w: it must not wipe what it is a handle of.
     return Database(store, path, (path, "r" if letter == "r" else "w", options, interval))
 
@@ -101,16 +101,6 @@ def _interval(flag: str, suffix: str, sync: Any) -> float | None:
     if isinstance(meant, bool) or not isinstance(meant, (int, float)) or not 0 < meant < float("inf"):
         raise ValueError(f"sync must be 'never', 'always' or a number of seconds above 0, not {sync!r}")
     return float(meant)
-
-
-def _as_error(failure: OSError, path: str) -> error:
-    """Every failure of the operating system as one of ours."""
-    if isinstance(failure, error):
-        return failure
-    name = path
-    if isinstance(failure.filename, str):  # the files of a database are opened by the descriptor of their directory
-        name = os.path.join(path, failure.filename)  # noqa: PTH118
-    return error(failure.errno, failure.strerror or str(failure), name)
 
 
 def whichdb(file: Path) -> str | None:
@@ -192,7 +182,7 @@ class Database(MutableMapping[bytes, bytes]):
         try:
             value = self._log.get(key)
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
         if value is None:
             raise KeyError(key)
         return value
@@ -208,7 +198,7 @@ class Database(MutableMapping[bytes, bytes]):
         try:
             value = self._log.get(key)
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
         return default if value is None else value
 
     def __contains__(self, key: object) -> bool:
@@ -229,7 +219,7 @@ class Database(MutableMapping[bytes, bytes]):
         try:
             self._store.set(key, value)
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
 
     def __delitem__(self, key: Bytes) -> None:
         """Delete a key; KeyError if it is not there. O(1): a tombstone is appended."""
@@ -362,7 +352,7 @@ class Database(MutableMapping[bytes, bytes]):
         try:
             return action(*args)
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
 
     def _guarded(self, items: Iterator[Default]) -> Iterator[Default]:
         """An iteration that stops being one when the database is closed."""
@@ -372,7 +362,7 @@ class Database(MutableMapping[bytes, bytes]):
                 if self._store.closed:
                     raise error(CLOSED)
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
 
 
 class _Items(ItemsView[bytes, bytes]):

@@ -7,8 +7,8 @@ for (3.11 to 3.14, Linux and macOS), by the name of a parser in `TARGETS`:
     mkdir -p corpus/record
     PYTHONPATH=. python tests/parsers.py record corpus/record -max_total_time=600
 
-It ends with a traceback and a file `crash-...` when a promise is broken; `python tests/parsers.py record crash-...` runs that again. Without
-`-max_total_time`, in seconds, it goes on for ever. What it found interesting stays in the corpus, where the next run begins.
+It ends with a traceback and a file `crash-...` when a promise is broken, which `python tests/parsers.py record crash-...` runs again.
+Without `-max_total_time`, in seconds, it goes on for ever. What it found interesting stays in the corpus, where the next run begins.
 """
 
 from __future__ import annotations

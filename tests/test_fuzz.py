@@ -18,7 +18,7 @@ from hypothesis import given
 from xxhash import xxh3_64_intdigest
 
 import dbm_bitcask
-from damage import Copy, Foreign, Small, _ask, alarm, ask_all, fast_disk, make, report, watched
+from damage import Copy, Foreign, Small, _ask, alarm, ask_all, fast_disk, make, report
 from dbm_bitcask.engine import header, hint, manifest, names, page, record, segment
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.manifest import Entry, Manifest
@@ -234,10 +234,7 @@ def complaint(name: str, data: bytes) -> str:
     return f"it took {took:.1f} s" if took > 1 else ""
 
 
-@pytest.fixture(autouse=True)
-def _watch():
-    with watched():
-        yield
+pytestmark = pytest.mark.usefixtures("watched")
 
 
 AMOUNT = {"sample": 60, "full": 1000, "release": 20_000}

@@ -19,8 +19,8 @@ GOOD = Manifest(5, 9, (Entry(3, 0x1122334455667788, 4096), Entry(7, 1, 33), Entr
 @st.composite
 def manifests(draw):
     ids = sorted(draw(st.sets(st.integers(1, 2**32 - 2), min_size=1, max_size=6)))
-    sealed = [Entry(number, draw(WORDS), draw(st.integers(1, 2**64 - 1))) for number in ids[:-1]]
-    return Manifest(draw(WORDS), draw(st.integers(ids[-1] + 1, 2**32)), (*sealed, Entry(ids[-1], draw(WORDS), 0)))
+    sealed = [Entry(number, draw(WORDS), draw(st.integers(32, 2**64 - 1))) for number in ids[:-1]]
+    return Manifest(draw(st.integers(0, 2**63 - 1)), draw(st.integers(ids[-1] + 1, 2**32)), (*sealed, Entry(ids[-1], draw(WORDS), 0)))
 
 
 def is_refused(data):

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["MARKER", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer"]
+__all__ = [
+    "MARKER", "SHORTEST", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer", "length_told", "version_told",
+]  # fmt: skip
 
 MARKER = b"dbm_bitcask\r\n\x1a\n\0"
 VERSION = 1
@@ -25,7 +27,9 @@ VERSION = 1
 _HEAD = struct.Struct("<16sIIQQ")
 _SEGMENT = struct.Struct("<QQQ")
 _CHECKSUM = struct.Struct("<Q")
-_SHORTEST = 32  # bytes of a sealed segment: those of its header
+SHORTEST = _HEAD.size + _CHECKSUM.size  # bytes of a manifest, if it listed nothing
+_NUMBERS = 2**63  # more than there can ever be, and room for the next one
+_SHORTEST_SEGMENT = 32  # bytes of a sealed one: those of its header
 
 
 class BadManifest(Exception):
@@ -62,9 +66,20 @@ def encode(manifest: Manifest) -> tuple[bytes, Manifest]:
     return body + _CHECKSUM.pack(checksum), manifest._replace(checksum=checksum)
 
 
+def length_told(beginning: bytes) -> int:
+    """The bytes that a manifest takes which begins so."""
+    count = _HEAD.unpack_from(beginning)[2] if len(beginning) == SHORTEST else 0
+    return SHORTEST + count * _SEGMENT.size
+
+
+def version_told(beginning: bytes) -> int:
+    """The version of the format that a manifest says it has which begins so; 0 if none does."""
+    return _HEAD.unpack_from(beginning)[1] if len(beginning) == SHORTEST and beginning.startswith(MARKER) else 0
+
+
 def is_newer(data: bytes) -> bool:
     """Whether this is a whole manifest of a newer format, and not a damaged one."""
-    if len(data) < _HEAD.size + _CHECKSUM.size:
+    if len(data) < SHORTEST:
         return False
     marker, version, *_ = _HEAD.unpack_from(data)
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
@@ -73,7 +88,7 @@ def is_newer(data: bytes) -> bool:
 
 def decode(data: bytes) -> Manifest:
     """The manifest in `data`; `BadManifest` if it is damaged, foreign, or of a newer format."""
-    if len(data) < _HEAD.size + _CHECKSUM.size:
+    if len(data) < SHORTEST:
         raise BadManifest("it is too short for a manifest")
     marker, version, count, number, next_id = _HEAD.unpack_from(data)
     if marker != MARKER:
@@ -88,6 +103,8 @@ def decode(data: bytes) -> Manifest:
         raise BadManifest("its checksum does not verify")
     segments = tuple(map(Entry._make, _SEGMENT.iter_unpack(data[_HEAD.size : end])))
     _require_order(segments, next_id)
+    if number >= _NUMBERS:
+        raise BadManifest("its number is out of range")
     return Manifest(number, next_id, segments, checksum)
 
 
@@ -95,5 +112,5 @@ def _require_order(segments: tuple[Entry, ...], next_id: int) -> None:
     ids = [entry.id for entry in segments]
     if not ids or ids != sorted(set(ids)) or not 0 < ids[0] <= ids[-1] < next_id <= 2**32:
         raise BadManifest("its segments are out of order")
-    if segments[-1].length or any(entry.length < _SHORTEST for entry in segments[:-1]):
+    if segments[-1].length or any(entry.length < _SHORTEST_SEGMENT for entry in segments[:-1]):
         raise BadManifest("not exactly its last segment is active")

@@ -293,7 +293,7 @@ def rebuild(log: Log) -> None:
 
 def _end_of_active(log: Log) -> int:
     """Where the records of the active segment end."""
-    size = log.active.size()
+    size = segment.readable_size(log.active)
     if size <= segment.FIRST_RECORD:
         return segment.FIRST_RECORD
     return contents.torn_tail_at(segment.map_segment(log.active, size), log.manifest.active, size)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from . import names, record
-from .errors import CorruptionError
+from .errors import CorruptionError, error
 from .header import MASK32, Words
 from .manifest import Entry
 from .record import HEADER as RECORD_HEADER
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIRST_RECORD", "MARKER", "Found", "create", "has_records", "map_generation", "map_one_of_many", "map_segment", "move_generation",
-    "next_valid", "open_segment", "read_salt", "scan", "write_header",
+    "next_valid", "open_segment", "read_salt", "readable_size", "refuse_newer", "scan", "write_header",
 ]  # fmt: skip
 
 MARKER = b"bc.data\1"
@@ -41,6 +41,7 @@ _GENERATION = struct.Struct("<I")
 _CHECKSUM = struct.Struct("<Q")
 FIRST_RECORD = _HEADER.size + _CHECKSUM.size
 _GENERATION_AT = 12
+_ZEROS = bytes(4096)
 
 
 class Found(NamedTuple):
@@ -71,11 +72,26 @@ def open_segment(directory: Directory, entry: Entry, *, write: bool = False) -> 
     name = names.segment_name(entry.id)
     file = directory.open(name, write=write)
     if _without_generation(file.read(FIRST_RECORD, 0)) != _encode_header(entry):
+        refuse_newer(file)
         raise CorruptionError(file.name, 0, "this is not the segment that the manifest lists; run `repair`")
     size = file.opened.size
     if size < entry.length:
         raise CorruptionError(file.name, size, f"the segment ends here, and {entry.length} bytes of it were written; run `repair`")
     return file
+
+
+def readable_size(file: File) -> int:
+    """The bytes of a segment in which there may be records: none ends beyond what a location can say, but for a seal."""
+    return min(file.size(), record.LIMIT + record.record_length(record.SEAL, 0, 0))
+
+
+def refuse_newer(file: File) -> None:
+    """Raise if this is a whole header of a newer format: neither to be read nor to be repaired."""
+    header = _without_generation(file.read(FIRST_RECORD, 0))
+    known, version = MARKER[:-1], MARKER[-1]
+    is_whole = header[-_CHECKSUM.size :] == _CHECKSUM.pack(xxh3_64_intdigest(header[: -_CHECKSUM.size]))
+    if is_whole and header.startswith(known) and header[len(known)] > version:
+        raise error(f"{file.name}: it was made by a newer version of dbm_bitcask; nothing was changed")
 
 
 def has_records(directory: Directory, number: int) -> bool:
@@ -128,12 +144,17 @@ def scan(buffer: Buffer, salt: int, start: int, end: int) -> Iterator[Found]:
 def next_valid(buffer: Buffer, salt: int, start: int, end: int) -> int | None:
     """The offset of the first record that verifies at or behind `start`: how damage is looked past. O(bytes)."""
     view = memoryview(buffer)[:end]
-    for offset in range(start + -start % record.ALIGNMENT, end - RECORD_HEADER.size + 1, record.ALIGNMENT):
+    offset = start + -start % record.ALIGNMENT
+    while offset <= end - RECORD_HEADER.size:
         try:
             if record.decode(view, offset, salt ^ offset) is not None:
                 return offset
         except record.BadRecord:
-            continue
+            pass
+        offset += record.ALIGNMENT
+        # A crash may leave gigabytes of zeros. The checksum of a record may be zero, and not the size behind it.
+        if not offset % len(_ZEROS) and view[offset : offset + len(_ZEROS)].tobytes() == _ZEROS:
+            offset += len(_ZEROS) - record.CHECKSUM_SIZE
     return None
 
 
