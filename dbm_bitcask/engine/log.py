@@ -404,6 +404,8 @@ def read_manifest(directory: Directory) -> Manifest:
 
 def _manifest_bytes(file: File) -> bytes:
     """The bytes of a manifest; of one that has not the length that it tells, no more than its beginning."""
-    beginning = file.read(manifest.SHORTEST, 0)
-    told = manifest.length_told(beginning)
-    return file.read(told, 0) if told == file.opened.size <= LARGEST_MANIFEST else beginning
+    size = file.opened.size
+    beginning = file.read(min(size, _READ_AHEAD), 0)
+    if not manifest.length_told(beginning) == size <= LARGEST_MANIFEST:
+        return beginning[: manifest.SHORTEST]
+    return beginning if size == len(beginning) else file.read(size, 0)

@@ -68,13 +68,13 @@ def encode(manifest: Manifest) -> tuple[bytes, Manifest]:
 
 def length_told(beginning: bytes) -> int:
     """The bytes that a manifest takes which begins so."""
-    count = _HEAD.unpack_from(beginning)[2] if len(beginning) == SHORTEST else 0
+    count = _HEAD.unpack_from(beginning)[2] if len(beginning) >= SHORTEST else 0
     return SHORTEST + count * _SEGMENT.size
 
 
 def version_told(beginning: bytes) -> int:
     """The version of the format that a manifest says it has which begins so; 0 if none does."""
-    return _HEAD.unpack_from(beginning)[1] if len(beginning) == SHORTEST and beginning.startswith(MARKER) else 0
+    return _HEAD.unpack_from(beginning)[1] if len(beginning) >= SHORTEST and beginning.startswith(MARKER) else 0
 
 
 def is_newer(data: bytes) -> bool:
