@@ -3,7 +3,7 @@
 `test_fuzz` calls them with seeded mutations. For a fuzzer that is led by coverage, from the checkout, on a Python that atheris has a wheel
 for (3.11 to 3.14, Linux and macOS), by the name of a parser in `TARGETS`:
 
-    pip install atheris hypothesis pytest xxhash
+    pip install atheris xxhash
     mkdir -p corpus/record
     PYTHONPATH=. python tests/parsers.py record corpus/record -max_total_time=600
 
@@ -121,7 +121,7 @@ def main() -> None:
     import atheris  # no dependency: see above
 
     atheris.instrument_all()  # what is imported so far: the parsers, and not what makes the inputs
-    from test_fuzz import FORMATS
+    from forged import FORMATS
 
     name = sys.argv.pop(1)
     valid, reseal, *_ = FORMATS[name]

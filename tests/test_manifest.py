@@ -19,7 +19,7 @@ GOOD = Manifest(5, 9, (Entry(3, 0x1122334455667788, 4096), Entry(7, 1, 33), Entr
 @st.composite
 def manifests(draw):
     ids = sorted(draw(st.sets(st.integers(1, 2**32 - 2), min_size=1, max_size=6)))
-    sealed = [Entry(number, draw(WORDS), draw(st.integers(32, 2**64 - 1))) for number in ids[:-1]]
+    sealed = [Entry(number, draw(WORDS), draw(st.integers(32, 2**33 - 1))) for number in ids[:-1]]
     return Manifest(draw(st.integers(0, 2**63 - 1)), draw(st.integers(ids[-1] + 1, 2**32)), (*sealed, Entry(ids[-1], draw(WORDS), 0)))
 
 
@@ -101,6 +101,9 @@ def test_other_version_is_refused_by_name_before_anything_else_is_looked_at(vers
         Manifest(1, 2**40, (Entry(2**33, 0, 0),)),
         Manifest(1, 9, (Entry(3, 0, 0), Entry(7, 0, 0))),
         Manifest(1, 9, (Entry(3, 0, 40), Entry(7, 0, 40))),
+        Manifest(1, 9, (Entry(3, 0, 31), Entry(7, 0, 0))),
+        Manifest(1, 9, (Entry(3, 0, 2**33), Entry(7, 0, 0))),
+        Manifest(2**63, 9, (Entry(3, 0, 0),)),
     ],
     ids=[
         "no segments",
@@ -112,6 +115,9 @@ def test_other_version_is_refused_by_name_before_anything_else_is_looked_at(vers
         "id too large",
         "two active",
         "none active",
+        "shorter than its header",
+        "longer than a segment can be",
+        "no number for the next one",
     ],
 )
 def test_contradiction_is_refused_although_the_checksum_verifies(listed):

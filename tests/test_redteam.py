@@ -40,52 +40,57 @@ def machine(monkeypatch):
 
 FINDINGS = 36
 NOT_HERE = {
-    28: "when records expire: nothing is dead by its age before",
+    28: "nothing is dead by its age: when records expire",
 }
-# Of what cannot be had in pure Python.
+PARTLY_HERE = {
+    10: "a merge that drops the tombstone under a key that expires later: when records expire",
+    16: "a batch that is merged, or half published by a writer that dies: when batches are written",
+    34: "others read a value before it is durable: that is so",
+}
+# What pure Python cannot promise.
 LIMITS = "abcdefg"
 LIMITS_NOT_HERE = {
-    "b": "order of loads and stores on ARM: no test on this processor could fail; `test_keydir` has those of the fences",
-    "d": "a page fault of a map holds the GIL: that is so, and the README says it",
-    "f": "flock has neither timeout nor fairness: `test_processes` has the tests of `timeout`, and the figures those of the waiting",
+    "b": "order of loads and stores on ARM: no test could fail on this processor; `test_keydir` has those of the fences",
+    "d": "a page fault of a map holds the GIL: that is so",
+    "f": "flock has neither timeout nor fairness: `test_processes` has the tests of `timeout`, and a figure is how long the slowest waits",
+}
+# The bugs that a harness for crashes has to find, and the mutants that have them.
+SEEDED = {
+    "flock before try": "lock_is_taken_before_the_try",
+    "cut after the store of the slot": "interrupted_write_is_cut_off",
+    "clean mark without a look at the tail": "clean_mark_is_made_over_a_tail_that_has_moved",
+    "dirty mark believed before its fsync": "clean_mark_is_taken_off_without_a_sync",
+    "live keydir unlinked": "nobody_is_told_that_a_keydir_lost_its_name",
+    "copied dirty keydir, in the same boot": "copied_keydir_is_trusted",
+    "expired record skipped in a replay": "expired_record_is_passed_over_in_a_replay",
+    "manifest without lengths": "length_of_a_sealed_segment_is_that_of_its_file",
+    "append behind a cut": "after_a_restart_records_are_appended_behind_a_cut",
+    "entry without a version": "entry_of_the_directory_has_no_version",
+    "tombstones counted as dead": "tombstones_count_as_dead",
+    "paths in the place of the descriptor of the directory": "files_are_found_by_path",
 }
 
 
-def told_in_docstrings(word):
-    """What the tests say that they are about, as in "Findings 3 and 12: ..."."""
-    found = [re.match(rf"{word}s? ([^:]*)", test.__doc__ or "") for name, test in globals().items() if name.startswith("test_")]
-    return {each for match in found if match for each in re.findall(r"\d+|\b[a-g]\b", match[1].split(",")[0])}
+def told_of(word):
+    """What the docstrings of the tests say that they are about, as in "Findings 3 and 12: ..."."""
+    found = [re.match(rf"{word}s? ([^:,]*)", test.__doc__ or "") for name, test in globals().items() if name.startswith("test_")]
+    return {each for match in found if match for each in re.findall(r"\d+|\b[a-g]\b", match[1])}
 
 
 def test_every_finding_has_a_test_or_a_reason():
-    tested = {int(each) for each in told_in_docstrings("Finding") if each.isdigit()}
+    tested = {int(each) for each in told_of("Finding") if each.isdigit()}
     assert tested | set(NOT_HERE) == set(range(1, FINDINGS + 1))
     assert not tested & set(NOT_HERE)
+    assert set(PARTLY_HERE) <= tested
 
 
 def test_every_limit_of_pure_python_has_a_test_or_a_reason():
-    assert told_in_docstrings("Limit") | set(LIMITS_NOT_HERE) == set(LIMITS)
-    assert not told_in_docstrings("Limit") & set(LIMITS_NOT_HERE)
+    assert told_of("Limit") | set(LIMITS_NOT_HERE) == set(LIMITS)
+    assert not told_of("Limit") & set(LIMITS_NOT_HERE)
 
 
-def test_every_bug_that_the_harness_was_to_find_is_seeded():
+def test_every_bug_that_a_harness_has_to_find_is_seeded():
     assert set(SEEDED.values()) <= set(mutants.MUTANTS)
-
-
-SEEDED = {
-    "flock before try": "lock_is_taken_before_the_try",
-    "cut after slot store": "interrupted_write_is_cut_off",
-    "clean mark without last-tail check": "clean_mark_is_made_over_a_tail_that_has_moved",
-    "dirty trusted before fsync": "clean_mark_is_taken_off_without_a_sync",
-    "keydir unlinked live": "nobody_is_told_that_a_keydir_lost_its_name",
-    "copied dirty keydir, same boot": "copied_keydir_is_trusted",
-    "expired skipped in replay": "expired_record_is_passed_over_in_a_replay",
-    "manifest without lengths": "length_of_a_sealed_segment_is_that_of_its_file",
-    "append after cut": "after_a_restart_records_are_appended_behind_a_cut",
-    "entry without version": "entry_of_the_directory_has_no_version",
-    "tombstones counted dead": "tombstones_count_as_dead",
-    "path instead of dir_fd": "files_are_found_by_path",
-}
 
 
 # 1. Loses acknowledged data, resurrects, or returns wrong values

@@ -32,6 +32,7 @@ from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.files import Directory
 from dbm_bitcask.engine.page import key_hash
 from dbm_bitcask.engine.repair import repair
+from forged import reseal_hint, reseal_manifest
 
 pytestmark = pytest.mark.usefixtures("watched")
 
@@ -396,14 +397,6 @@ def with_number(data, offset, number, size=8):
     return data[:offset] + number.to_bytes(size, "little") + data[offset + size :]
 
 
-def sealed_manifest(data):
-    return data[:-8] + xxh3_64_intdigest(data[:-8]).to_bytes(8, "little")
-
-
-def sealed_hint(data):
-    return data[:-8] + xxh3_64_intdigest(data[:40], xxh3_64_intdigest(data[40:-8])).to_bytes(8, "little")
-
-
 def sealed_keydir(data):
     image = bytearray(data)
     with memoryview(image).cast("Q") as words:
@@ -418,11 +411,11 @@ FORGED = {
         for name in ("00000001.data", "00000003.data")
     },
     "size of a key": ("00000003.data", lambda data: with_number(data, segment.FIRST_RECORD + 12, 2**32 - 1, 4)),
-    "number of segments": ("MANIFEST", lambda data: sealed_manifest(with_number(data, 20, 2**32 - 1, 4))),
+    "number of segments": ("MANIFEST", lambda data: reseal_manifest(with_number(data, 20, 2**32 - 1, 4))),
     **{
         f"word {place} of the manifest {number:x}": (
             "MANIFEST",
-            lambda data, place=place, number=number: sealed_manifest(with_number(data, 8 * place, number)),
+            lambda data, place=place, number=number: reseal_manifest(with_number(data, 8 * place, number)),
         )
         for place in (3, 4, 5, 7)  # its number, the next id, the first id, its length
         for number in HUGE
@@ -430,12 +423,12 @@ FORGED = {
     **{
         f"word {place} of a hint {number:x}": (
             "00000001.hint",
-            lambda data, place=place, number=number: sealed_hint(with_number(data, 8 * place, number)),
+            lambda data, place=place, number=number: reseal_hint(with_number(data, 8 * place, number)),
         )
         for place in (1, 3, 4)  # id, length, number of keys
         for number in HUGE
     },
-    "size of a key in a hint": ("00000001.hint", lambda data: sealed_hint(with_number(data, 48, 2**32 - 1, 4))),
+    "size of a key in a hint": ("00000001.hint", lambda data: reseal_hint(with_number(data, 48, 2**32 - 1, 4))),
     **{
         f"word {place} of the keydir {number:x}": (
             "keydir",
@@ -522,7 +515,7 @@ def test_gigabytes_of_zeros_behind_the_log_are_passed_over_at_once(path):
 
 
 def newer_manifest(data):
-    return sealed_manifest(with_number(data, 16, manifest.VERSION + 1, 4))
+    return reseal_manifest(with_number(data, 16, manifest.VERSION + 1, 4))
 
 
 def newer_segment(data):
@@ -565,7 +558,7 @@ def test_newer_format_of_what_is_only_derived_is_not_used(small, copy, name):
         pytest.skip("it is not there")
     place = 7 if name.endswith("hint") else 6
     newer = data[:place] + bytes([data[place] + 1]) + data[place + 1 :]
-    copy.put({**small.files, name: sealed_hint(newer) if name.endswith("hint") else sealed_keydir(newer)})
+    copy.put({**small.files, name: reseal_hint(newer) if name.endswith("hint") else sealed_keydir(newer)})
     before = freeze(copy.path)
     assert read_all(copy.path, "r") == small.items
     assert freeze(copy.path) == before

@@ -407,5 +407,5 @@ def _manifest_bytes(file: File) -> bytes:
     size = file.opened.size
     beginning = file.read(min(size, _READ_AHEAD), 0)
     if not manifest.length_told(beginning) == size <= LARGEST_MANIFEST:
-        return beginning[: manifest.SHORTEST]
+        return beginning[: manifest.BEGINNING]
     return beginning if size == len(beginning) else file.read(size, 0)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from xxhash import xxh3_64_intdigest
 
 __all__ = [
-    "MARKER", "SHORTEST", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer", "length_told", "version_told",
+    "BEGINNING", "MARKER", "SHORTEST", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer", "length_told",
+    "version_told",
 ]  # fmt: skip
 
 MARKER = b"dbm_bitcask\r\n\x1a\n\0"
@@ -27,9 +28,10 @@ VERSION = 1
 _HEAD = struct.Struct("<16sIIQQ")
 _SEGMENT = struct.Struct("<QQQ")
 _CHECKSUM = struct.Struct("<Q")
-SHORTEST = _HEAD.size + _CHECKSUM.size  # bytes of a manifest, if it listed nothing
-_NUMBERS = 2**63  # more than there can ever be, and room for the next one
-_SHORTEST_SEGMENT = 32  # bytes of a sealed one: those of its header
+BEGINNING = _HEAD.size + _CHECKSUM.size  # bytes that every manifest has
+SHORTEST = 32  # bytes of a sealed segment: those of its header
+_LONGEST = 2**33  # its last record ends below 2^32, and a seal stands behind it
+_NEVER = 2**63  # commits: so that the next one has a number, too
 
 
 class BadManifest(Exception):
@@ -68,18 +70,18 @@ def encode(manifest: Manifest) -> tuple[bytes, Manifest]:
 
 def length_told(beginning: bytes) -> int:
     """The bytes that a manifest takes which begins so."""
-    count = _HEAD.unpack_from(beginning)[2] if len(beginning) >= SHORTEST else 0
-    return SHORTEST + count * _SEGMENT.size
+    count = _HEAD.unpack_from(beginning)[2] if len(beginning) >= BEGINNING else 0
+    return BEGINNING + count * _SEGMENT.size
 
 
 def version_told(beginning: bytes) -> int:
     """The version of the format that a manifest says it has which begins so; 0 if none does."""
-    return _HEAD.unpack_from(beginning)[1] if len(beginning) >= SHORTEST and beginning.startswith(MARKER) else 0
+    return _HEAD.unpack_from(beginning)[1] if len(beginning) >= BEGINNING and beginning.startswith(MARKER) else 0
 
 
 def is_newer(data: bytes) -> bool:
     """Whether this is a whole manifest of a newer format, and not a damaged one."""
-    if len(data) < SHORTEST:
+    if len(data) < BEGINNING:
         return False
     marker, version, *_ = _HEAD.unpack_from(data)
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
@@ -88,7 +90,7 @@ def is_newer(data: bytes) -> bool:
 
 def decode(data: bytes) -> Manifest:
     """The manifest in `data`; `BadManifest` if it is damaged, foreign, or of a newer format."""
-    if len(data) < SHORTEST:
+    if len(data) < BEGINNING:
         raise BadManifest("it is too short for a manifest")
     marker, version, count, number, next_id = _HEAD.unpack_from(data)
     if marker != MARKER:
@@ -102,15 +104,15 @@ def decode(data: bytes) -> Manifest:
     if xxh3_64_intdigest(data[:end]) != checksum:
         raise BadManifest("its checksum does not verify")
     segments = tuple(map(Entry._make, _SEGMENT.iter_unpack(data[_HEAD.size : end])))
-    _require_order(segments, next_id)
-    if number >= _NUMBERS:
-        raise BadManifest("its number is out of range")
+    _require_order(number, segments, next_id)
     return Manifest(number, next_id, segments, checksum)
 
 
-def _require_order(segments: tuple[Entry, ...], next_id: int) -> None:
+def _require_order(number: int, segments: tuple[Entry, ...], next_id: int) -> None:
     ids = [entry.id for entry in segments]
     if not ids or ids != sorted(set(ids)) or not 0 < ids[0] <= ids[-1] < next_id <= 2**32:
         raise BadManifest("its segments are out of order")
-    if segments[-1].length or any(entry.length < _SHORTEST_SEGMENT for entry in segments[:-1]):
+    if segments[-1].length or any(entry.length < SHORTEST for entry in segments[:-1]):
         raise BadManifest("not exactly its last segment is active")
+    if number >= _NEVER or any(entry.length >= _LONGEST for entry in segments):
+        raise BadManifest("it holds numbers that are never reached")

@@ -119,7 +119,7 @@ def _listed(log: Log, present: set[int]) -> Manifest | None:
         return None
     except CorruptionError:
         file = log.directory.open(names.MANIFEST)
-        newer = manifest.version_told(file.read(manifest.SHORTEST, 0)) > manifest.VERSION
+        newer = manifest.version_told(file.read(manifest.BEGINNING, 0)) > manifest.VERSION
         if newer and manifest.is_newer(file.read(min(file.opened.size, LARGEST_MANIFEST), 0)):
             raise error(f"{file.name}: it was made by a newer version of dbm_bitcask; nothing was changed") from None
         return None

@@ -144,18 +144,21 @@ def scan(buffer: Buffer, salt: int, start: int, end: int) -> Iterator[Found]:
 def next_valid(buffer: Buffer, salt: int, start: int, end: int) -> int | None:
     """The offset of the first record that verifies at or behind `start`: how damage is looked past. O(bytes)."""
     view = memoryview(buffer)[:end]
-    offset = start + -start % record.ALIGNMENT
-    while offset <= end - RECORD_HEADER.size:
+    for offset in _places(view, start + -start % record.ALIGNMENT, end - RECORD_HEADER.size + 1):
         try:
             if record.decode(view, offset, salt ^ offset) is not None:
                 return offset
         except record.BadRecord:
-            pass
-        offset += record.ALIGNMENT
-        # A crash may leave gigabytes of zeros. The checksum of a record may be zero, and not the size behind it.
-        if not offset % len(_ZEROS) and view[offset : offset + len(_ZEROS)].tobytes() == _ZEROS:
-            offset += len(_ZEROS) - record.CHECKSUM_SIZE
+            continue
     return None
+
+
+def _places(view: memoryview, first: int, end: int) -> Iterator[int]:
+    """Where a record may begin. A crash may leave gigabytes of zeros: the checksum of a record may be zero, and not the size behind it."""
+    block = len(_ZEROS)
+    for start in range(first & -block, end, block):
+        zeros = view[start : start + block].tobytes() == _ZEROS
+        yield from range(max(first, start + block - record.CHECKSUM_SIZE if zeros else start), min(end, start + block), record.ALIGNMENT)
 
 
 def read_salt(file: File, number: int) -> int | None:
