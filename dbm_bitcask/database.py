@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from .engine.errors import CLOSED, FlagError, error
+from .engine.errors import CLOSED, FlagError, as_error, error
 from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _open(path: str, letter: str, options: Options, interval: float | None) -> D
     except error:
         raise
     except OSError as failure:
-        raise _as_error(failure, path) from failure
+        raise as_error(failure, path) from failure
     # Pickled, a handle of flag n or c becomes one of flag w: it must not wipe what it is a handle of.
     return Database(store, path, (path, "r" if letter == "r" else "w", options, interval))
 
@@ -111,14 +111,6 @@ def _interval(flag: str, suffix: str, sync: Any) -> float | None:
     if isinstance(meant, bool) or not isinstance(meant, (int, float)) or not 0 < meant < float("inf"):
         raise ValueError(f"sync must be 'never', 'always' or a number of seconds above 0, not {sync!r}")
     return float(meant)
-
-
-def _as_error(failure: OSError, path: str) -> error:
-    """A failure of the operating system as one of ours. Ours are left alone: raised from itself, an error would be a cycle."""
-    name = path
-    if isinstance(failure.filename, str):  # the files of a database are opened by the descriptor of their directory
-        name = os.path.join(path, failure.filename)  # noqa: PTH118
-    return error(failure.errno, failure.strerror or str(failure), name)
 
 
 def whichdb(file: Path) -> str | None:
@@ -202,7 +194,7 @@ class Database(MutableMapping[bytes, bytes]):
         except error:
             raise
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
         if value is None:
             raise KeyError(key)
         return value
@@ -220,7 +212,7 @@ class Database(MutableMapping[bytes, bytes]):
         except error:
             raise
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
         return default if value is None else value
 
     def __contains__(self, key: object) -> bool:
@@ -243,7 +235,7 @@ class Database(MutableMapping[bytes, bytes]):
         except error:
             raise
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
 
     def __delitem__(self, key: Bytes) -> None:
         """Delete a key; KeyError if it is not there. O(1): a tombstone is appended."""
@@ -378,7 +370,7 @@ class Database(MutableMapping[bytes, bytes]):
         except error:
             raise
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
 
     def _guarded(self, items: Iterator[Default]) -> Iterator[Default]:
         """An iteration that stops being one when the database is closed."""
@@ -390,7 +382,7 @@ class Database(MutableMapping[bytes, bytes]):
         except error:
             raise
         except OSError as failure:
-            raise _as_error(failure, self._path) from failure
+            raise as_error(failure, self._path) from failure
 
 
 class _Items(ItemsView[bytes, bytes]):

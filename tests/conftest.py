@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import damage
 import dbm_bitcask
 from dbm_bitcask.engine import portable
 from dbm_bitcask.engine.check import check
@@ -79,6 +80,19 @@ def place():
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
         yield Path(place)
+
+
+@pytest.fixture
+def fast_disk(monkeypatch):
+    """Nothing in the test asks what has reached the disk."""
+    damage.fast_disk(monkeypatch)
+
+
+@pytest.fixture
+def watched():
+    """What calls `damage.alarm` does not hang for ever."""
+    with damage.watched():
+        yield
 
 
 @pytest.fixture

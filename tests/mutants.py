@@ -108,7 +108,7 @@ def failed_sync_is_tried_again() -> None:
 
 @mutant("test_redteam.py::test_dirty_mark_is_durable_before_the_first_change_whoever_made_it", CRASHES)
 def clean_mark_is_taken_off_without_a_sync() -> None:
-    rewrite(recovery, "_begin", "        log.keydir.file.sync()  #", "        pass  #")
+    rewrite(recovery, "_begin", "        log.durable(log.keydir.file.sync)  #", "        pass  #")
 
 
 @mutant("test_redteam.py::test_keydir_is_not_marked_clean_over_the_write_of_another_handle")
@@ -231,6 +231,20 @@ def slot_is_stored_before_the_record() -> None:
     write.put = put_slot_first
 
 
+@mutant("test_redteam.py::test_interrupted_overwrite_never_loses_the_acknowledged_value")
+def interrupted_write_is_cut_off() -> None:
+    run = store.Store._run
+
+    def cut_off(self: store.Store, log: log.Log, action: Callable[..., object], *args: object) -> object:
+        try:
+            return run(self, log, action, *args)
+        except BaseException:
+            log.active.truncate(log.keydir.counter(at.TAIL) & at.MASK32)
+            raise
+
+    store.Store._run = cut_off
+
+
 @mutant("test_redteam.py::test_full_disk_is_found_before_anything_is_appended")
 def page_is_split_after_the_append() -> None:
     rewrite(
@@ -264,7 +278,7 @@ def lock_is_taken_before_the_try() -> None:
     )
 
 
-@mutant("test_processes.py::test_child_does_not_keep_the_lock_of_a_parent_that_was_killed_within_a_write")
+@mutant("test_redteam.py::test_child_does_not_keep_the_lock_of_a_parent_that_was_killed_within_a_write")
 def child_keeps_the_lock_of_its_parent() -> None:
     rewrite(lock.WriterLock, "renew_after_fork", "        self.directory.renew()\n", "        pass\n")
 

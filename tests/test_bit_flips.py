@@ -20,7 +20,7 @@ import pytest
 
 import dbm_bitcask
 from crashes import freeze
-from damage import LOOKS, Copy, Small, alarm, as_of, fast_disk, is_never_right, make, report, watched
+from damage import LOOKS, Copy, Small, alarm, as_of, is_never_right, make, report
 from dbm_bitcask.engine import header, page, record
 from dbm_bitcask.engine.header import MASK32, PAGE_WORDS, ROW_WORDS
 
@@ -176,11 +176,7 @@ def replay(tmp_path: Path, patch: pytest.MonkeyPatch, state: str, flag: str, fil
     return Bench(tmp_path, patch, state).try_flip(flag, Flip(file, bit, "again"))
 
 
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    fast_disk(monkeypatch)
-    with watched():
-        yield
+pytestmark = pytest.mark.usefixtures("fast_disk", "watched")
 
 
 @pytest.fixture

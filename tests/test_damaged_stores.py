@@ -5,10 +5,7 @@ A case is named `state flag damage`; the damages of a state always come in the s
 
 from __future__ import annotations
 
-import os
 import random
-import socket
-import stat
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,13 +23,11 @@ from damage import (
     _ask,
     alarm,
     as_of,
-    fast_disk,
     is_never_right,
     make,
     report,
-    watched,
 )
-from dbm_bitcask.engine import header, record, rotation
+from dbm_bitcask.engine import header, record
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.repair import repair
 
@@ -261,11 +256,7 @@ def _opened(path: Path) -> dict[bytes, bytes]:
 # All of it.
 
 
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    fast_disk(monkeypatch)
-    with watched():
-        yield
+pytestmark = pytest.mark.usefixtures("fast_disk", "watched")
 
 
 @pytest.fixture
@@ -381,188 +372,3 @@ def test_key_whose_record_was_lost_has_no_older_value_after_a_repair_if_a_hint_k
 def test_check_has_nothing_to_say_after_a_repair(store, amount):
     chosen = damages(store.small, store.earlier, amount(**AMOUNT))
     repair_all(store, chosen, lambda _, after: [str(after.problems)] if after.problems != [] else [])
-
-
-# What is no file of ours.
-
-
-def make_directory(path: Path, _outside: Path) -> None:
-    path.mkdir()
-    (path / "precious").write_bytes(b"precious")
-
-
-def make_fifo(path: Path, _outside: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_socket(path: Path, _outside: Path) -> None:
-    here = Path.cwd()
-    os.chdir(path.parent)  # for the name of a socket must be short
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(path.name)
-    os.chdir(here)
-
-
-def make_link(path: Path, outside: Path) -> None:
-    path.symlink_to(outside / "precious")
-
-
-def make_dangling_link(path: Path, outside: Path) -> None:
-    path.symlink_to(outside / "nothing")
-
-
-def make_link_to_directory(path: Path, outside: Path) -> None:
-    path.symlink_to(outside)
-
-
-def make_loop(path: Path, _outside: Path) -> None:
-    path.symlink_to(path.name)
-
-
-def make_file(path: Path, _outside: Path) -> None:
-    path.write_bytes(b"precious")
-
-
-def make_empty_file(path: Path, _outside: Path) -> None:
-    path.touch()
-
-
-IRREGULAR = [make_directory, make_fifo, make_socket, make_link, make_dangling_link, make_link_to_directory, make_loop]
-
-
-def everything(path: Path) -> dict[str, tuple[int, int, bytes]]:
-    """What is there, by its number, kind and contents."""
-    return {str(each): (each.lstat().st_ino, each.lstat().st_mode, _contents(each)) for each in sorted(path.rglob("*"))}
-
-
-def _contents(path: Path) -> bytes:
-    mode = path.lstat().st_mode
-    return path.read_bytes() if stat.S_ISREG(mode) else bytes(path.readlink()) if stat.S_ISLNK(mode) else b""
-
-
-@pytest.fixture
-def outside(tmp_path):
-    """A directory that links lead to, and that nobody may touch."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "precious").write_bytes(b"precious" * 1000)
-    before = everything(outside)
-    yield outside
-    assert everything(outside) == before
-
-
-def use(path: Path, flag: str) -> dict[str, object]:
-    """Do everything that may delete or write a file."""
-    db = _ask(lambda: dbm_bitcask.open(path, flag))
-    if not isinstance(db, dbm_bitcask.Database):
-        return {"open": db}
-    acts = {
-        "set": lambda: db.__setitem__(b"new", b"value"),
-        "get": lambda: db[b"new"],
-        "rotate": lambda: db._call(db._store.locked, rotation.rotate),
-        "reorganize": db.reorganize,
-        "clear": db.clear,
-        "set again": lambda: db.__setitem__(b"new", b"again"),
-        "get again": lambda: db[b"new"],
-        "close": db.close,
-    }
-    return {name: _ask(act) for name, act in acts.items()}
-
-
-RIGHT = {"get": b"value", "get again": b"again"}
-
-
-def misused(answers: dict[str, object]) -> list[str]:
-    """What is no error, and not what it should be."""
-    return [f"{name}: {answer!r}" for name, answer in answers.items() if not isinstance(answer, Failed) and answer != RIGHT.get(name)]
-
-
-def complaints_about(irregular, name, flag, copy, small, outside):
-    """What is wrong when something irregular has a name, and the database is opened with a flag."""
-    copy.put({other: data for other, data in small.files.items() if other != name})
-    irregular(copy.path / name, outside)
-    alarm()
-    look = LOOKS[flag.replace("c", "w")](copy.path, small) if flag != "n" else None
-    complaints = [str(each) for each in look.wrong] if look else []
-    complaints += [] if flag == "r" else misused(use(copy.path, flag))
-    return [f"{irregular.__name__} {flag} {name}: {each}" for each in complaints]
-
-
-@pytest.mark.parametrize("state", ["RESTING", "LOST"])
-@pytest.mark.parametrize("irregular", IRREGULAR)
-def test_what_is_no_regular_file_in_the_place_of_one_is_an_error_or_ignored(store, outside, irregular):
-    small, _, copy = store
-    failures, done = [], 0
-    for name in sorted({*small.files, "keydir"}):
-        for flag in "rwcn":
-            failures += complaints_about(irregular, name, flag, copy, small, outside)
-            if irregular is make_directory:
-                assert (copy.path / name / "precious").read_bytes() == b"precious"
-            done += 1
-    report(failures, done)
-
-
-@pytest.mark.parametrize("state", ["RESTING", "DIRTY"])
-def test_link_to_the_very_file_is_an_error_or_ignored_and_nothing_is_written_through_it(store, tmp_path):
-    small, _, copy = store
-    real = Copy(tmp_path / "real")
-    real.put(small.files)
-    before, failures, done = everything(real.path), [], 0
-    for name in sorted(small.files):
-        for flag in "rwcn":
-            copy.put({other: data for other, data in small.files.items() if other != name})
-            (copy.path / name).symlink_to(real.path / name)
-            alarm()
-            complaints = [] if flag == "n" else list(map(str, LOOKS[flag.replace("c", "w")](copy.path, small).wrong))
-            complaints += [] if flag == "r" else misused(use(copy.path, flag))
-            complaints += ["it was written through"] if everything(real.path) != before else []
-            failures += [f"{flag} {name}: {each}" for each in complaints[:1]]
-            done += 1
-    report(failures, done)
-
-
-ARABIC = "".join(chr(0x660 + int(digit)) for digit in "00000001")
-WIDE = "".join(chr(0xFF10 + int(digit)) for digit in "12345678")
-ODD_NAMES = [
-    "1.data", "0000001.data", "00000001.DATA", "00000001.Data", f"{ARABIC}.data", f"{WIDE}.data", "..data", ".data", f"{10**30}.data",
-    "00000000.data", "000000001.data", "0000000001.data", "4294967296.data", "9999999999.data", "-0000001.data", "+0000001.data",
-    " 00000001.data", "00000001.data ", "00000001.data\n", "00000001.data.bak", "00000001.data~", "00000001", "00000001.", "0x000001.data",
-    "1.hint", "00000001.HINT", f"{ARABIC}.hint", "00000000.hint", "4294967296.hint", "00000001.hint.tmp",
-    "00000001.data.0123456789abcdef.tmp",
-    "MANIFEST.tmp", "MANIFEST.0123456789ABCDEF.tmp", "MANIFEST.0123456789abcde.tmp", "manifest", "MANIFEST ", "keydir.old", "KEYDIR",
-    "keydir.tmp", "keydir.0123456789abcdef.tmp2", "lock", ".git", "00000001.data.01234567.damaged",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("state", ["RESTING", "LOST"])
-@pytest.mark.parametrize("flag", ["r", "w", "c", "n"])
-@pytest.mark.parametrize("foreign", [make_file, make_empty_file, *IRREGULAR])
-def test_odd_names_beside_a_store_are_ignored_and_never_deleted(store, outside, foreign, flag):
-    small, _, copy = store
-    copy.put(small.files)
-    for name in ODD_NAMES:
-        foreign(copy.path / name, outside)
-    before = {name: each for name, each in everything(copy.path).items() if Path(name).name not in small.files}
-    alarm()
-    look = LOOKS["r" if flag == "r" else "w"](copy.path, small) if flag != "n" else None
-    assert look is None or (look.wrong, look.errors) == ([], [])
-    if flag != "r":
-        answers = use(copy.path, flag)
-        assert (misused(answers), [each for each in answers.values() if isinstance(each, Failed)]) == ([], [])
-    after = everything(copy.path)
-    assert {name: after.get(name) for name in before} == before
-
-
-OUR_NAMES = ["00000002.hint", "00000004.hint", "00000004.data", "00000077.data", "00000001.hint", "keydir.0123456789abcdef.tmp"]
-
-
-@pytest.mark.parametrize("state", ["LOST"])
-@pytest.mark.parametrize("irregular", IRREGULAR)
-def test_what_is_no_regular_file_under_a_name_that_could_be_ours_is_an_error_or_ignored(store, outside, irregular):
-    small, _, copy = store
-    failures, done = [], 0
-    for name in OUR_NAMES:
-        for flag in "rwcn":
-            failures += complaints_about(irregular, name, flag, copy, small, outside)
-            done += 1
-    report(failures, done)

@@ -223,18 +223,6 @@ def test_closing_in_a_child_changes_nothing_for_the_parent(path):
         assert is_free(path)
 
 
-def test_child_that_closes_while_the_parent_holds_the_lock_does_not_take_it_away(path):
-    with dbm_bitcask.open(path, timeout=0.02) as db:
-        db.update(ITEMS)
-
-        def close():
-            with pytest.raises(dbm_bitcask.LockTimeout):
-                db.close()
-
-        db._log.lock.run(lambda: (fork_and_wait(close), require_held(path)))
-        db[b"parent"] = b"1"
-
-
 def test_grandchildren_use_the_handle_of_their_grandparent(path):
     with dbm_bitcask.open(path, **TINY) as db:
         db[b"parent"] = b"1"

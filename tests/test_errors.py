@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import random
 import sys
@@ -221,43 +220,6 @@ def test_manifest_of_a_newer_version_says_so_and_nothing_is_touched(full, flag, 
     with pytest.raises(dbm_bitcask.error, match="version 2"):
         dbm_bitcask.open(full, flag)
     assert contents_of_all_files(full) == before
-
-
-def replace_by_directory(file):
-    file.unlink()
-    file.mkdir()
-    (file / "precious").write_bytes(b"precious")
-
-
-def replace_by_fifo(file):
-    file.unlink()
-    os.mkfifo(file)
-
-
-def replace_by_link(file):
-    target = file.parent.parent / "precious"
-    target.write_bytes(b"precious" * 1000)
-    file.unlink()
-    file.symlink_to(target)
-
-
-@every_flag
-@pytest.mark.parametrize("replace", [replace_by_directory, replace_by_fifo, replace_by_link])
-@pytest.mark.parametrize("name", ["MANIFEST", "keydir", "data", "hint"])
-def test_what_is_no_regular_file_gives_an_error_or_is_not_needed(full, name, replace, flag):
-    file = max(full.glob("*.data")) if name == "data" else full / name
-    if name == "hint":
-        file = min(full.glob("*.data")).with_suffix(".hint")
-        file.touch()
-    replace(file)
-    with only_errors():
-        items = opened_and_read(full, flag)
-        assert name in ("keydir", "hint") or (name, flag) == ("data", "n")
-        assert items == ({} if flag == "n" else ITEMS)
-    if replace is replace_by_directory:
-        assert (file / "precious").read_bytes() == b"precious"
-    if replace is replace_by_link:
-        assert (full.parent / "precious").read_bytes() == b"precious" * 1000
 
 
 def flip_a_bit(data, chance):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 
 import pytest
@@ -23,11 +22,7 @@ TINY = {"segment_size": 4096}
 EXCEPTIONS = (KeyboardInterrupt, MemoryError)  # by turns
 
 
-@pytest.fixture(autouse=True)
-def fast_disk(monkeypatch):
-    """Nothing here asks what has reached the disk."""
-    monkeypatch.setattr(files, "_fdatasync", lambda _: None)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def tail_of(db):

@@ -51,8 +51,6 @@ IO_MODULES = {
 }
 OS_WITHOUT_IO = {"PathLike", "fsdecode", "getpid", "register_at_fork", "path.dirname", "path.join"}
 
-RUNS_WHAT_IT_READS = {"pickle", "marshal", "shelve", "dbm", "copyreg", "importlib", "runpy"}
-
 PACKAGE = Path(dbm_bitcask.__file__).parent
 ENGINE = {file.stem: file for file in (PACKAGE / "engine").glob("*.py") if file.stem != "__init__"}
 INTERFACE = {file.stem: file for file in PACKAGE.glob("*.py")}
@@ -123,13 +121,6 @@ def test_engine_knows_nothing_of_the_interface(module):
 def test_engine_needs_the_standard_library_and_xxhash_only(module):
     used = {name.split(".")[0] for name in engine_imports(module, types=False)}
     assert used - set(sys.stdlib_module_names) - REQUIRED - {"dbm_bitcask"} == set()
-
-
-@every_module
-def test_engine_never_runs_what_it_reads(module):
-    assert {name.split(".")[0] for name in engine_imports(module)} & RUNS_WHAT_IT_READS == set()
-    names = {node.id for node in ast.walk(tree(ENGINE[module])) if isinstance(node, ast.Name)}
-    assert names & {"eval", "exec", "compile", "__import__"} == set()
 
 
 def dotted(node):

@@ -6,7 +6,7 @@ import pytest
 
 import dbm_bitcask
 from crashes import freeze
-from dbm_bitcask.engine import merge, rotation, segment
+from dbm_bitcask.engine import rotation, segment
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.record import TOMBSTONE
 
@@ -279,19 +279,6 @@ def test_tombstone_of_a_key_that_was_set_again_is_not_moved(deleted):
         expected = dict(db)
         assert expected[b"victim"] == b"the new value"
     assert tombstones(deleted) == []
-    require_same_without_keydir(deleted, expected)
-
-
-def test_deleted_key_stays_deleted_if_only_the_segment_of_the_tombstone_is_merged(deleted):
-    """Bitcask's classic loss: a merge of some segments drops a tombstone, and the next rebuild finds the value."""
-    with dbm_bitcask.open(deleted, "w", segment_size=TINY) as db:
-        [victim] = [entry for entry in db._log.manifest.segments if entry.id == 2]
-        offset = segment.FIRST_RECORD
-        while 0 < offset < victim.length:
-            offset = db._store.locked(merge._copy_slice, victim, offset)
-        assert db._store.locked(merge._drop_if_empty, victim) == 1
-        assert b"victim" not in db
-        expected = dict(db)
     require_same_without_keydir(deleted, expected)
 
 

@@ -205,32 +205,6 @@ def test_reader_with_an_index_of_its_own_goes_over_to_the_shared_one(path):
             assert len(reader) == len(list(reader)) == 101
 
 
-def test_child_does_not_keep_the_lock_of_a_parent_that_was_killed_within_a_write(path):
-    """The child had the open file description on which the parent took its lock, and kept it as long as it lived."""
-    with dbm_bitcask.open(path) as db:
-        db[b"key"] = b"1"
-    holding, ending = os.pipe(), os.pipe()
-
-    def be_parent():
-        db = dbm_bitcask.open(path, "w")
-
-        def fork_and_die():
-            os.write(holding[1], b"%d" % fork(lambda: os.read(ending[0], 1)))
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        db._log.lock.run(fork_and_die)
-
-    os.waitpid(fork(be_parent), 0)
-    os.read(holding[0], 20)
-    try:
-        with dbm_bitcask.open(path, "w", timeout=10) as db:
-            db[b"key"] = b"2"
-    finally:
-        os.write(ending[1], b".")
-        for pipe in (*holding, *ending):
-            os.close(pipe)
-
-
 def test_child_of_a_fork_within_a_close_closes_without_waiting(path):
     """A fork while the parent's thread held the mutex of the event by which a close ends it: the child waited for ever."""
     with dbm_bitcask.open(path, sync=60) as db:
@@ -396,13 +370,6 @@ def test_fences_change_nothing(path, monkeypatch):
         db.clear()
         assert len(db) == 0
     assert written >= 2000
-
-
-def test_thread_of_a_handle_that_writes_nothing_syncs_what_a_dead_process_left(path):
-    dbm_bitcask.open(path).close()
-    with dbm_bitcask.open(path, sync=0.02) as db:
-        fork_and_wait(lambda: dbm_bitcask.open(path, "w").update({b"of a process that dies": b"1"}))
-        assert wait_until(lambda: is_synced(db))
 
 
 def test_threads_walk_with_nextkey_at_the_same_time(path):

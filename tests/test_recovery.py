@@ -22,11 +22,7 @@ ITEMS = {b"key %d" % number: b"value %d" % number for number in range(8)}
 TINY = {"segment_size": 4096}
 
 
-@pytest.fixture(autouse=True)
-def fast_disk(monkeypatch):
-    """Nothing here asks what has reached the disk."""
-    monkeypatch.setattr(files, "_fdatasync", lambda _: None)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, child, workplace
+from compat.figures.measure import Verdicts, arguments, child, workplace
 from dbm_bitcask.demo import anonymous_memory
 
 GROWTH_BOUND = 30_000_000
@@ -22,7 +22,7 @@ SAMPLE_EVERY = 10_000
 
 def main() -> int:
     """Run both children and print the verdicts."""
-    args = arguments()
+    args = arguments(__doc__, keys=2_000_000, limit=(150, "RLIMIT_DATA in MB"), child=str)
     if args.child:
         return run_child(args)
     verdicts = Verdicts()
@@ -35,16 +35,6 @@ def main() -> int:
         died = "MemoryError" in in_memory.stderr or in_memory.returncode < 0
         verdicts.check(died, "a dict of the same data does not fit into the limit")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", type=int, default=2_000_000)
-    parser.add_argument("--limit", type=int, default=150, help="RLIMIT_DATA in MB (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="keep the database in this directory")
-    parser.add_argument("--child", choices=["store", "dict"], help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def run_child(args: argparse.Namespace) -> int:

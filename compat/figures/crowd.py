@@ -8,7 +8,6 @@ hangs; descriptors and memory of those that live on are flat; at the end the con
 nothing, and an index made anew from the log says the same.
 """
 
-import argparse
 import faulthandler
 import os
 import random
@@ -17,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import dbm_bitcask
 from compat.figures.crowd_roles import (
@@ -36,7 +34,7 @@ from compat.figures.crowd_roles import (
     name,
     value,
 )
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 from dbm_bitcask.engine.check import check
 
 MEMORY_BOUND = 8 * 1024  # KiB that the second half may take more than the first
@@ -46,7 +44,16 @@ PATIENCE = 30.0  # seconds without a sign of life after which a process hangs
 
 def main() -> int:
     """Run the crowd and print the verdicts."""
-    args = arguments()
+    args = arguments(
+        __doc__,
+        seconds=60.0,
+        writers=4,
+        readers=3,
+        keys=(5_000, "of each writer"),
+        segment_size=(32 * 1024, "in bytes"),
+        kill_every=(300.0, "milliseconds"),
+        seed=0,
+    )
     verdicts = Verdicts()
     with workplace(args.directory) as place:
         plan = Plan(place, args.writers, args.readers, args.keys, args.segment_size)
@@ -65,20 +72,6 @@ def main() -> int:
         (plan.database / "keydir").unlink()
         verdicts.check(compare(plan, ledger), "an index made anew from the log says the same")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--writers", type=int, default=4)
-    parser.add_argument("--readers", type=int, default=3)
-    parser.add_argument("--keys", type=int, default=5_000, help="of each writer (default: %(default)s)")
-    parser.add_argument("--segment-size", type=int, default=32 * 1024, help="in bytes (default: %(default)s)")
-    parser.add_argument("--kill-every", type=float, default=300, help="milliseconds (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="keep the database in this directory, which must be empty")
-    return parser.parse_args()
 
 
 def prepare(plan: Plan) -> Ledger:

@@ -8,7 +8,6 @@ index. Bounds: no acknowledged operation is lost, and opening takes under 1 s, e
 The operation that was under way may have happened or not, whole in either case.
 """
 
-import argparse
 import os
 import random
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 
 SECONDS_BOUND = 1.0
 SEGMENT_SIZE = 2**20
@@ -30,7 +29,9 @@ Operation = tuple[bytes, bytes | None]
 
 def main() -> int:
     """Run the rounds and print the verdicts."""
-    args = arguments()
+    args = arguments(
+        __doc__, rounds=200, keys=(50_000, "different keys"), longest=(0.4, "longest life of a writer in s"), seed=0, child=int
+    )
     if args.child is not None:
         write_for_ever(args.directory, args.child, args.keys)
     verdicts = Verdicts()
@@ -48,18 +49,6 @@ def main() -> int:
     verdicts.check(lost == 0, f"every acknowledged operation is there ({lost} are not)")
     verdicts.check(slowest < SECONDS_BOUND, "opening after a kill takes under 1 s")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--keys", type=int, default=50_000, help="different keys (default: %(default)s)")
-    parser.add_argument("--longest", type=float, default=0.4, help="longest life of a writer in s (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="keep the database in this directory")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def operations(number: int, keys: int) -> Iterator[Operation]:

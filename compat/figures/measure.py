@@ -1,11 +1,12 @@
-"""What the figure scripts share: a place for the database, child processes, strace, and the verdict."""
+"""What the figure scripts share: the command line, a place for the database, child processes, strace, and the verdict."""
 
+import argparse
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,24 @@ class Verdicts:
         print(f"{'PASS' if passed else 'MISS'}  {what}", flush=True)
         if not passed:
             self.status = 1
+
+
+Default = float | str
+
+
+def arguments(
+    description: str | None, *, child: Callable[[str], object] | None = None, **options: Default | tuple[Default, str]
+) -> argparse.Namespace:
+    """Return the parsed command line: each option by its default, maybe with what it means, `--directory`, and `--child` of that type."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, option in options.items():
+        default, meaning = option if isinstance(option, tuple) else (option, "")
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{meaning} (default: %(default)s)".strip()
+        )
+    parser.add_argument("--directory", type=Path, help="keep the databases in this directory, and not in a temporary one")
+    parser.add_argument("--child", type=child, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 @contextmanager

@@ -20,11 +20,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import dbm_bitcask
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 from dbm_bitcask.engine.check import check
 
 SEGMENT_SIZE = 16 * 1024
@@ -36,7 +35,7 @@ Expected = dict[bytes, bytes]
 
 def main() -> int:
     """Run the parts and print the verdicts."""
-    args = arguments()
+    args = arguments(__doc__, workers=8, operations=(5_000, "of each worker"), heap=(2_000, "keys that are drawn by all"), seed=0)
     verdicts = Verdicts()
     parts: dict[str, Callable[[Database, argparse.Namespace], list[str]]] = {
         "threads": in_threads,
@@ -57,17 +56,6 @@ def main() -> int:
                 print(failure)
             verdicts.check(not failures, f"{title}: the result is exact ({len(failures)} failures)")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--operations", type=int, default=5_000, help="of each worker (default: %(default)s)")
-    parser.add_argument("--heap", type=int, default=2_000, help="keys that are drawn by all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="keep the databases in this directory")
-    return parser.parse_args()
 
 
 def end_in_time() -> None:

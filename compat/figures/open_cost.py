@@ -5,7 +5,6 @@ time; a clean reopen opens no hint and reads no more of the log than the last re
 most 40 system calls for `open` and the first get, counted by strace.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from time import perf_counter
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, child, filled, strace, workplace
+from compat.figures.measure import Verdicts, arguments, child, filled, strace, workplace
 
 SECONDS_BOUND = 0.020
 CALLS_BOUND = 40
@@ -25,7 +24,7 @@ MARKS = ("/mark-open", "/mark-get", "/mark-end")
 
 def main() -> int:
     """Measure with and without strace and print the verdicts."""
-    args = arguments()
+    args = arguments(__doc__, keys=2_000_000, repeats=20, flag=("c", "flag of the reopen"), child=Path)
     if args.child:
         print(open_and_get(args.child, args.flag))
         return 0
@@ -42,17 +41,6 @@ def main() -> int:
         else:
             judge_calls(calls, verdicts)
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", type=int, default=2_000_000)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--flag", default="c", help="flag of the reopen (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="keep the database in this directory, and use it if it is there")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def open_and_get(path: Path, flag: str) -> float:

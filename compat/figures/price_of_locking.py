@@ -5,7 +5,6 @@ rounds counts. Bound: a get takes no lock, so its ratio is 1.0 within noise (at 
 parts: the thread lock alone, which is what flag u leaves, and the file lock.
 """
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from time import perf_counter
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 
 GET_BOUND = 1.05
 SET_BOUND = 1.6
@@ -26,7 +25,7 @@ class NoMutex(contextlib.nullcontext[None]):
 
 def main() -> int:
     """Measure and print the verdicts."""
-    args = arguments()
+    args = arguments(__doc__, keys=(50_000, "of a round"), rounds=9)
     verdicts = Verdicts()
     seconds: dict[tuple[str, str], list[float]] = {}
     with workplace(args.directory) as place:
@@ -44,15 +43,6 @@ def main() -> int:
     verdicts.check(ratios["get"] <= GET_BOUND, f"get with locks beside get without: {ratios['get']:.3f}, at most {GET_BOUND}")
     verdicts.check(ratios["set"] <= SET_BOUND, f"set with locks beside set without: {ratios['set']:.3f}, at most {SET_BOUND}")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", type=int, default=50_000, help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--directory", type=Path, help="keep the databases in this directory")
-    return parser.parse_args()
 
 
 def opened(path: Path, kind: str, keys: int) -> dbm_bitcask.Database:

@@ -5,7 +5,6 @@ sets a second of all together and the fsyncs for a set are printed, medians of t
 fsyncs than sets, and get more done than one.
 """
 
-import argparse
 import mmap
 import os
 import sys
@@ -16,7 +15,7 @@ from statistics import median
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 from compat.figures.visible_at_once import end_with
 from dbm_bitcask.engine import files
 
@@ -26,7 +25,7 @@ SETS, SYNCS, READY, WORDS = range(4)  # of each process
 
 def main() -> int:
     """Run the rounds and print the verdicts."""
-    args = arguments()
+    args = arguments(__doc__, seconds=(2.0, "of a round"), rounds=5)
     verdicts = Verdicts()
     rates: dict[tuple[int, int], list[tuple[float, float]]] = {crowd: [] for crowd in CROWDS}
     with workplace(args.directory) as place:
@@ -42,15 +41,6 @@ def main() -> int:
         if processes * threads > 1:
             verdicts.check(syncs < 0.9 and rate > alone, f"they share fsyncs: {rate / alone:.2f} times the sets of one thread alone")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2, help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="keep the databases in this directory: on the disk that is to be measured")
-    return parser.parse_args()
 
 
 def one_round(path: Path, processes: int, threads: int, seconds: float) -> tuple[float, float]:

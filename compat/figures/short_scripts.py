@@ -5,7 +5,6 @@ the time per round and the number of fsyncs (counted by strace, in a run of its 
 on the large database.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from time import perf_counter
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, filled, strace, workplace
+from compat.figures.measure import Verdicts, arguments, filled, strace, workplace
 
 RATIO_BOUND = 1.5
 BLOCKS = 10
@@ -23,7 +22,7 @@ BLOCKS = 10
 
 def main() -> int:
     """Measure both databases and print the verdict."""
-    args = arguments()
+    args = arguments(__doc__, rounds=1000, large=(1_000_000, "keys"), small=(1_000, "keys"), child=Path)
     if args.child:
         rounds(args.child, args.rounds, 0)
         return 0
@@ -41,17 +40,6 @@ def main() -> int:
         large, small = (median(times[path]) for path in paths)
         verdicts.check(large <= RATIO_BOUND * small, f"large beside small at most {RATIO_BOUND}: {large / small:.2f}")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--large", type=int, default=1_000_000, help="keys (default: %(default)s)")
-    parser.add_argument("--small", type=int, default=1_000, help="keys (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="keep the databases in this directory, and use them")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def rounds(path: Path, count: int, block: int) -> list[float]:

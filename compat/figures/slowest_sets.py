@@ -5,7 +5,6 @@ holds them all, so that a stall is the index's and not that of an fsync at rotat
 processor time says whether a slow set worked or waited.
 """
 
-import argparse
 import heapq
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from time import perf_counter_ns, thread_time_ns
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 
 NANOSECONDS_BOUND = 20_000_000
 SHOWN = 10
@@ -21,7 +20,7 @@ SHOWN = 10
 
 def main() -> int:
     """Measure and print the verdict."""
-    args = arguments()
+    args = arguments(__doc__, keys=2_000_000, segment_size=(2**30, "bytes"))
     verdicts = Verdicts()
     with workplace(args.directory) as place:
         slowest = time_sets(place / "slowest_sets.bitcask", args.keys, args.segment_size)
@@ -29,15 +28,6 @@ def main() -> int:
         print(f"{elapsed / 1e6:9.3f} ms, of it {worked / 1e6:9.3f} ms processor time, at key {number:,}")
     verdicts.check(slowest[0][0] <= NANOSECONDS_BOUND, f"no set of {args.keys:,} takes more than 20 ms")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", type=int, default=2_000_000)
-    parser.add_argument("--segment-size", type=int, default=2**30, help="bytes (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="keep the database in this directory")
-    return parser.parse_args()
 
 
 def time_sets(path: Path, count: int, segment_size: int) -> list[tuple[int, int, int]]:

@@ -6,7 +6,6 @@ a merge now and then, so that rotations, splits and merges lie between set and g
 is raised to the answer.
 """
 
-import argparse
 import mmap
 import os
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 
 RAISED, SEEN, RAISED_AT = range(3)
 SEGMENT_SIZE = 64 * 1024
@@ -26,7 +25,7 @@ DELETE_EVERY = 7
 
 def main() -> int:
     """Run both processes and print the verdict."""
-    args = arguments()
+    args = arguments(__doc__, tries=100_000, keys=(20_000, "different keys"))
     verdicts = Verdicts()
     words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
     with workplace(args.directory) as place:
@@ -43,15 +42,6 @@ def main() -> int:
     verdicts.check(not status and len(times) == args.tries, "both processes came to the end")
     verdicts.check(misses == 0, f"every get saw the set that had returned before ({misses} did not)")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tries", type=int, default=100_000)
-    parser.add_argument("--keys", type=int, default=20_000, help="different keys (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="keep the database in this directory")
-    return parser.parse_args()
 
 
 def end_with(work: Callable[[], None]) -> None:

@@ -5,7 +5,6 @@ median of the rounds. Bound: 2 processes, and 8, reach at least 0.8 times the se
 longest that a single set waited is printed.
 """
 
-import argparse
 import mmap
 import os
 import sys
@@ -15,7 +14,7 @@ from statistics import median
 
 import dbm_bitcask
 from compat import dataset
-from compat.figures.measure import Verdicts, workplace
+from compat.figures.measure import Verdicts, arguments, workplace
 from compat.figures.visible_at_once import end_with
 
 CROWDS = (1, 2, 8)
@@ -26,7 +25,7 @@ FIRST, WORDS = 1, 3  # of each writer: sets done, the longest in ns, and whether
 
 def main() -> int:
     """Run the rounds and print the verdicts."""
-    args = arguments()
+    args = arguments(__doc__, seconds=(3.0, "of a round"), rounds=5)
     verdicts = Verdicts()
     rates: dict[int, list[float]] = {crowd: [] for crowd in CROWDS}
     longest = dict.fromkeys(CROWDS, 0)
@@ -43,15 +42,6 @@ def main() -> int:
         ratio = median(rates[crowd]) / alone
         verdicts.check(ratio >= BOUND, f"{crowd} writers beside one: {ratio:.2f}, at least {BOUND}")
     return verdicts.status
-
-
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3, help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="keep the databases in this directory")
-    return parser.parse_args()
 
 
 def one_round(path: Path, crowd: int, seconds: float) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import contents, files, names, recovery, segment, write
 from . import header as at
-from .errors import CorruptionError, NotFoundError, error
+from .errors import CorruptionError, NotFoundError, as_error, error
 from .header import MASK32, PAGE_SIZE, PAGE_WORDS
 from .keydir import Keydir, map_words
 from .log import Gone, Log, read_manifest
@@ -66,7 +66,12 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
         raise
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
-    return log.under_lock(lambda log: list(_check(log)))
+    try:
+        return log.under_lock(lambda log: list(_check(log)))
+    except error:
+        raise
+    except OSError as failure:
+        raise as_error(failure, name) from failure
 
 
 def _check(log: Log) -> Iterator[Problem]:
@@ -146,7 +151,7 @@ def _check_segment(log: Log, entry: Entry, keydir: Keydir | None, index: _Index 
     except CorruptionError as bad:
         yield Problem(bad.path, bad.offset, bad.reason)
         return
-    size = file.size()
+    size = segment.readable_size(file)
     end = entry.length or _end_of_active(entry, keydir, size) or contents.torn_tail_at(segment.map_segment(file, size), entry, size)
     tally.length = end - segment.FIRST_RECORD
     reading = contents.Reading(segment.map_segment(file, end), entry, end)

@@ -82,6 +82,8 @@ def mapped_hint(directory: Directory, entry: Entry) -> Buffer | None:
     try:
         file = directory.open(names.hint_name(entry.id))
         size = file.opened.size
+        if size > hint.longest(entry):
+            return None
         buffer: Buffer = file.map(size) if size else b""
     except OSError:
         return None

@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CLOSED", "CorruptionError", "FlagError", "LockTimeout", "NotFoundError", "error"]
+import os
+
+__all__ = ["CLOSED", "CorruptionError", "FlagError", "LockTimeout", "NotFoundError", "as_error", "error"]
 
 
 CLOSED = "DBM object has already been closed"  # as the standard library words it
@@ -49,3 +51,11 @@ class CorruptionError(error):
 
     def __reduce__(self) -> tuple[type[CorruptionError], tuple[str, int | None, str]]:
         return type(self), (self.path, self.offset, self.reason)
+
+
+def as_error(failure: OSError, path: str) -> error:
+    """A failure of the operating system as one of ours. Ours are left alone: raised from itself, an error would be a cycle."""
+    name = path
+    if isinstance(failure.filename, str):  # the files of a database are opened by the descriptor of their directory
+        name = os.path.join(path, failure.filename)
+    return error(failure.errno, failure.strerror or str(failure), name)

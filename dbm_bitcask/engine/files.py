@@ -99,6 +99,7 @@ class Descriptor:
         if fd < 3 and NATIVE:  # a print() of a program that closed its stdout must not land in a segment
             self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
             os.close(fd)
+            _occupy_standard_streams()
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -124,6 +125,7 @@ class File(Descriptor):
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, name)
         self.opened = self.identity()  # as it was then
+        self._mapped = False
         self.size: Callable[[], int] = partial(os.lseek, self.fd, 0, os.SEEK_END)
         self.pwrite: Callable[[bytes, int], int] = partial(os.pwrite, self.fd)
 
@@ -182,6 +184,9 @@ class File(Descriptor):
 
     def map(self, length: int, *, write: bool = False) -> Map:
         """The first `length` bytes as shared memory."""
+        if self._mapped and not _MAP_OPTIONS:
+            _occupy_standard_streams()  # a program may have closed them since the file was opened
+        self._mapped = True
         return mmap.mmap(self.fd, length, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ, **_MAP_OPTIONS)
 
     def map_without_descriptor(self, length: int) -> Buffer:
@@ -316,6 +321,18 @@ class Directory(Descriptor):
             "not a regular file (move it away: a database is made of regular files only)",
             self.where(name),
         )
+
+
+def _occupy_standard_streams() -> None:
+    """Have /dev/null under those of the first three numbers that are closed.
+
+    Before Python 3.13 a map keeps a descriptor of its own, and what is printed would land in the file.
+    """
+    for fd in range(3):
+        try:
+            fcntl.fcntl(fd, fcntl.F_GETFD)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def make_directory(path: str, mode: int) -> None:

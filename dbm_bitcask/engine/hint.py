@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .manifest import Entry
 
-__all__ = ["Hint", "HintWriter", "decode", "is_bound"]
+__all__ = ["Hint", "HintWriter", "decode", "is_bound", "longest"]
 
 _MARKER = b"bc.hint\1"
 _HEAD = struct.Struct("<8sQQQQ")
@@ -73,6 +73,11 @@ class HintWriter:
 
     def checksum(self) -> bytes:
         return _U64.pack(xxh3_64_intdigest(self.head(), self._hash.intdigest()))
+
+
+def longest(segment: Entry) -> int:
+    """The bytes that a hint takes at most: a key takes fewer in it than its record does in the segment."""
+    return _HEAD.size + segment.length + _U64.size
 
 
 def is_bound(buffer: Buffer, segment: Entry) -> bool:

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from .keydir import Keydir
     from .manifest import Entry, Manifest
 
-__all__ = ["Gone", "Log", "Options", "Peek", "read_manifest"]
+__all__ = ["LARGEST_MANIFEST", "Gone", "Log", "Options", "Peek", "read_manifest"]
 
 Result = TypeVar("Result")
 
-_LARGEST_MANIFEST = 2**28  # bytes: ten million segments
+LARGEST_MANIFEST = 2**28  # bytes: ten million segments
 _READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
 _FILES = 64  # that one handle keeps open where it cannot map them
 _REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
@@ -437,6 +437,15 @@ def read_manifest(directory: Directory) -> Manifest:
     except FileNotFoundError as missing:
         raise NotFoundError(missing.errno, "no database here", directory.name) from missing
     try:
-        return manifest.decode(file.read(min(file.opened.size, _LARGEST_MANIFEST), 0))
+        return manifest.decode(_manifest_bytes(file))
     except manifest.BadManifest as bad:
         raise CorruptionError(path, None, f"{bad}; run `repair`") from bad
+
+
+def _manifest_bytes(file: File) -> bytes:
+    """The bytes of a manifest; of one that has not the length that it tells, no more than its beginning."""
+    size = file.opened.size
+    beginning = file.read(min(size, _READ_AHEAD), 0)
+    if not manifest.length_told(beginning) == size <= LARGEST_MANIFEST:
+        return beginning[: manifest.BEGINNING]
+    return beginning if size == len(beginning) else file.read(size, 0)

@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["MARKER", "SHORTEST", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer"]
+__all__ = [
+    "BEGINNING", "MARKER", "SHORTEST", "VERSION", "BadManifest", "Entry", "Manifest", "decode", "encode", "is_newer", "length_told",
+    "version_told",
+]  # fmt: skip
 
 MARKER = b"dbm_bitcask\r\n\x1a\n\0"
 VERSION = 1
@@ -25,6 +28,7 @@ VERSION = 1
 _HEAD = struct.Struct("<16sIIQQ")
 _SEGMENT = struct.Struct("<QQQ")
 _CHECKSUM = struct.Struct("<Q")
+BEGINNING = _HEAD.size + _CHECKSUM.size  # bytes that every manifest has
 SHORTEST = 32  # bytes of a sealed segment: those of its header
 _LONGEST = 2**33  # its last record ends below 2^32, and a seal stands behind it
 _NEVER = 2**63  # commits: so that the next one has a number, too
@@ -64,9 +68,20 @@ def encode(manifest: Manifest) -> tuple[bytes, Manifest]:
     return body + _CHECKSUM.pack(checksum), manifest._replace(checksum=checksum)
 
 
+def length_told(beginning: bytes) -> int:
+    """The bytes that a manifest takes which begins so."""
+    count = _HEAD.unpack_from(beginning)[2] if len(beginning) >= BEGINNING else 0
+    return BEGINNING + count * _SEGMENT.size
+
+
+def version_told(beginning: bytes) -> int:
+    """The version of the format that a manifest says it has which begins so; 0 if none does."""
+    return _HEAD.unpack_from(beginning)[1] if len(beginning) >= BEGINNING and beginning.startswith(MARKER) else 0
+
+
 def is_newer(data: bytes) -> bool:
     """Whether this is a whole manifest of a newer format, and not a damaged one."""
-    if len(data) < _HEAD.size + _CHECKSUM.size:
+    if len(data) < BEGINNING:
         return False
     marker, version, *_ = _HEAD.unpack_from(data)
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
@@ -75,7 +90,7 @@ def is_newer(data: bytes) -> bool:
 
 def decode(data: bytes) -> Manifest:
     """The manifest in `data`; `BadManifest` if it is damaged, foreign, or of a newer format."""
-    if len(data) < _HEAD.size + _CHECKSUM.size:
+    if len(data) < BEGINNING:
         raise BadManifest("it is too short for a manifest")
     marker, version, count, number, next_id = _HEAD.unpack_from(data)
     if marker != MARKER:

@@ -6,8 +6,8 @@ All integers are little-endian. `checksum` is XXH3-64 over everything behind it,
 offset of the record in it: zeros, stale blocks, records of another segment, and records that stand inside values never verify. `size` and
 `key_end` are counted from behind the checksum, to the end of the record and of the key: a reader needs no arithmetic to find either.
 `padding` makes the length of the record a multiple of 8, so that a search for the next record behind damage tries an eighth of the
-offsets. `time` is when the record was written, in seconds since 1970; it is information, and never orders anything. `expiry`, in
-milliseconds since 1970 (0: never), is there if EXPIRES, ZLIB or ZSTD is flagged.
+offsets. `time` is when the record was written, in seconds since 1970 modulo 2**32; it is information, and never orders anything. `expiry`,
+in milliseconds since 1970 (0: never), is there if EXPIRES, ZLIB or ZSTD is flagged.
 
     flags := TOMBSTONE   the key is deleted; no value
            | EXPIRES     the record counts as deleted from `expiry` on

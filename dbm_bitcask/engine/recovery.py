@@ -73,7 +73,7 @@ def ready(log: Log) -> None:
         elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
             _repair(log)
         else:
-            words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time())
+            words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time()) & MASK32
             return
 
 
@@ -103,7 +103,7 @@ def _begin(log: Log) -> None:
         words[at.DEVICE], words[at.BOOT_LOW], words[at.BOOT_HIGH] = identity.device, boot & at.MASK64, boot >> 64
         at.enter(words, at.DIRTYING)
     elif state == at.DIRTYING:
-        log.keydir.file.sync()  # before the first change: a clean mark must not outlive it
+        log.durable(log.keydir.file.sync)  # before the first change: a clean mark must not outlive it
         at.enter(words, at.DIRTY)
     elif state == at.RESTING:
         at.enter(words, at.DIRTY)
@@ -274,7 +274,7 @@ def open_private_keydir(log: Log, named: File | None) -> None:
 
 def build_beside(log: Log) -> Keydir:
     """A keydir of every record that verifies, whatever the hints say, in a file outside the database."""
-    beside = _build(log, files.temporary_file(), log.keydir.counter(at.TAIL) & MASK32, read_hints=False)
+    beside = _build(log, log.directory.temporary_file(), log.keydir.counter(at.TAIL) & MASK32, read_hints=False)
     log.scanned_end = 0
     return beside
 
@@ -305,7 +305,7 @@ def rebuild(log: Log) -> None:
 
 def _end_of_active(log: Log) -> int:
     """Where the records of the active segment end."""
-    size = log.active.size()
+    size = segment.readable_size(log.active)
     if size <= segment.FIRST_RECORD:
         return segment.FIRST_RECORD
     return contents.torn_tail_at(segment.map_segment(log.active, size), log.manifest.active, size)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import contents, manifest, names, recovery, rotation, segment, write
 from . import header as at
-from .errors import CorruptionError, NotFoundError, error
-from .log import Log, read_manifest
+from .errors import CorruptionError, NotFoundError, as_error, error
+from .log import LARGEST_MANIFEST, Log, read_manifest
 from .manifest import Entry, Manifest
 from .page import Damaged, check_entry, locations, page_slots
 from .portable import open_directory
@@ -60,7 +60,12 @@ def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[St
         raise
     except OSError as failure:
         raise NotFoundError(failure.errno, "no database here", name) from failure
-    return log.under_lock(lambda log: list(_repair(log)))
+    try:
+        return log.under_lock(lambda log: list(_repair(log)))
+    except error:
+        raise
+    except OSError as failure:
+        raise as_error(failure, name) from failure
 
 
 def _repair(log: Log) -> Iterator[Step]:
@@ -125,7 +130,8 @@ def _listed(log: Log, present: set[int]) -> Manifest | None:
         return None
     except CorruptionError:
         file = log.directory.open(names.MANIFEST)
-        if manifest.is_newer(file.read(file.opened.size, 0)):
+        newer = manifest.version_told(file.read(manifest.BEGINNING, 0)) > manifest.VERSION
+        if newer and manifest.is_newer(file.read(min(file.opened.size, LARGEST_MANIFEST), 0)):
             raise error(f"{file.name}: it was made by a newer version of dbm_bitcask; nothing was changed") from None
         return None
     return listed if all(number < listed.next_id or not segment.has_records(log.directory, number) for number in present) else None
@@ -133,6 +139,9 @@ def _listed(log: Log, present: set[int]) -> Manifest | None:
 
 def _correct_list(log: Log, listed: Manifest | None, present: set[int], lost: list[tuple[int, Hint]]) -> Iterator[Step]:
     wanted = listed.segments if listed else tuple(Entry(number, 0, 0) for number in sorted(present))
+    for entry in wanted:
+        if entry.id in present:
+            segment.refuse_newer(log.directory.open(names.segment_name(entry.id)))
     found: list[Entry] = []
     steps: list[Step] = []
     for entry in wanted:
@@ -181,7 +190,7 @@ def _as_it_is(log: Log, entry: Entry, steps: list[Step], *, known: bool) -> Iter
 
 
 def _has_records_of(file: File, entry: Entry) -> bool:
-    size = file.size()
+    size = segment.readable_size(file)
     return size > segment.FIRST_RECORD and segment.next_valid(file.map(size), entry.salt, segment.FIRST_RECORD, size) is not None
 
 
@@ -190,7 +199,7 @@ def _sealed(log: Log, entry: Entry) -> Entry:
     if entry.length:
         return entry
     file = segment.open_segment(log.directory, entry)
-    size = file.size()
+    size = segment.readable_size(file)
     return entry._replace(length=contents.torn_tail_at(_buffer(file, size), entry, size))
 
 
@@ -216,7 +225,7 @@ def _damaged(log: Log, *, opens: bool) -> Iterator[tuple[Entry, contents.Reading
     """The segments with bytes that are no record, and what was read of them."""
     for entry in log.manifest.segments:
         file = segment.open_segment(log.directory, entry)
-        size = file.size()
+        size = segment.readable_size(file)
         end = entry.length or (log.end_of(entry) if opens else contents.torn_tail_at(_buffer(file, size), entry, size))
         reading = contents.Reading(_buffer(file, end), entry, end)
         for _ in reading.records():

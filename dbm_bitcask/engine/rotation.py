@@ -104,7 +104,7 @@ def _list_with(log: Log, fresh: Entry, before: tuple[Entry, ...]) -> tuple[str, 
 
 def seal_behind(log: Log, offset: int) -> None:
     """Append a seal to the active segment, at an offset that is its end."""
-    log.active.write(record.encode(record.SEAL, b"", b"", log.salt ^ offset, int(time())), offset)
+    log.active.write(record.encode(record.SEAL, b"", b"", log.salt ^ offset, int(time()) & MASK32), offset)
 
 
 def commit(log: Log, temporary: str, listed: Manifest) -> None:

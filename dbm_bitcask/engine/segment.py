@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from . import names, record
-from .errors import CorruptionError
+from .errors import CorruptionError, error
 from .header import MASK32, Words
 from .manifest import Entry
 from .record import HEADER as RECORD_HEADER
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIRST_RECORD", "MARKER", "Found", "create", "has_records", "map_generation", "map_one_of_many", "map_segment", "move_generation",
-    "next_valid", "open_segment", "read_salt", "scan", "write_header",
+    "next_valid", "open_segment", "read_salt", "readable_size", "refuse_newer", "scan", "write_header",
 ]  # fmt: skip
 
 MARKER = b"bc.data\1"
@@ -42,6 +42,7 @@ FIRST_RECORD = _HEADER.size + _CHECKSUM.size
 _GENERATION_AT = 12
 _LONG = 2**14  # bytes; the checksum of fewer takes no longer than the look at the header
 _PATIENCE = 8
+_ZEROS = bytes(4096)
 
 
 class Found(NamedTuple):
@@ -72,11 +73,26 @@ def open_segment(directory: Directory, entry: Entry, *, write: bool = False) -> 
     name = names.segment_name(entry.id)
     file = directory.open(name, write=write)
     if _without_generation(file.read(FIRST_RECORD, 0)) != _encode_header(entry):
+        refuse_newer(file)
         raise CorruptionError(file.name, 0, "this is not the segment that the manifest lists; run `repair`")
     size = file.opened.size
     if size < entry.length:
         raise CorruptionError(file.name, size, f"the segment ends here, and {entry.length} bytes of it were written; run `repair`")
     return file
+
+
+def readable_size(file: File) -> int:
+    """The bytes of a segment in which there may be records: none ends beyond what a location can say, but for a seal."""
+    return min(file.size(), record.LIMIT + record.record_length(record.SEAL, 0, 0))
+
+
+def refuse_newer(file: File) -> None:
+    """Raise if this is a whole header of a newer format: neither to be read nor to be repaired."""
+    header = _without_generation(file.read(FIRST_RECORD, 0))
+    known, version = MARKER[:-1], MARKER[-1]
+    is_whole = header[-_CHECKSUM.size :] == _CHECKSUM.pack(xxh3_64_intdigest(header[: -_CHECKSUM.size]))
+    if is_whole and header.startswith(known) and header[len(known)] > version:
+        raise error(f"{file.name}: it was made by a newer version of dbm_bitcask; nothing was changed")
 
 
 def has_records(directory: Directory, number: int) -> bool:
@@ -134,7 +150,7 @@ def next_valid(buffer: Buffer, salt: int, start: int, end: int) -> int | None:
     """
     view = memoryview(buffer)[:end]
     patience = _PATIENCE * (end - start)
-    for offset in range(start + -start % record.ALIGNMENT, end - RECORD_HEADER.size + 1, record.ALIGNMENT):
+    for offset in _places(view, start + -start % record.ALIGNMENT, end - RECORD_HEADER.size + 1):
         length = record.promised_length(view, offset)
         if not length or offset + length > end:
             continue
@@ -148,6 +164,14 @@ def next_valid(buffer: Buffer, salt: int, start: int, end: int) -> int | None:
         except record.BadRecord:
             continue
     return None
+
+
+def _places(view: memoryview, first: int, end: int) -> Iterator[int]:
+    """Where a record may begin. A crash may leave gigabytes of zeros: the checksum of a record may be zero, and not the size behind it."""
+    block = len(_ZEROS)
+    for start in range(first & -block, end, block):
+        zeros = view[start : start + block].tobytes() == _ZEROS
+        yield from range(max(first, start + block - record.CHECKSUM_SIZE if zeros else start), min(end, start + block), record.ALIGNMENT)
 
 
 def read_salt(file: File, number: int) -> int | None:

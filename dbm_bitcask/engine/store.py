@@ -394,13 +394,13 @@ class Store:
             self._write_hints()
         while not self.locked(_seal_slice):
             pass
-        clean = self._count() >= _CLEAN_KEYS and time() - log.keydir.words[at.CLEANED_AT] > _CLEAN_EVERY
+        clean = self._count() >= _CLEAN_KEYS and abs(time() - log.keydir.words[at.CLEANED_AT]) > _CLEAN_EVERY
         self.locked(_rest, clean)
         if clean:
             tail = log.keydir.counter(at.TAIL)
-            log.keydir.file.sync()
+            log.durable(log.keydir.file.sync)
             self._under_lock(_mark_clean, tail)
-            log.keydir.file.sync()
+            log.durable(log.keydir.file.sync)
 
     def _write_hints(self) -> None:
         """The hints of the segments that this handle sealed: in proportion to what it wrote itself."""
@@ -567,7 +567,7 @@ def _mark_clean(log: Log, tail: int) -> None:
     words = log.keydir.words
     if words[at.STATE] == at.RESTING and words[words[at.CURRENT] + at.TAIL] == tail and not words[at.UNSEALED]:
         at.enter(words, at.DIRTY)
-        words[at.CLEANED_AT] = int(time())
+        words[at.CLEANED_AT] = int(time()) & at.MASK32
         log.keydir.rest(at.CLEAN)
 
 

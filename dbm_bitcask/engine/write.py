@@ -107,7 +107,7 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     if active.size() != offset or end > log.segment_size or counts & 0xFFFF >= FULL or words[base + PAGE_CHECKSUM] or not hashed:
         return False
     flags = SYNCED if words[SYNCED_TO] == tail else 0
-    now = int(time())
+    now = int(time()) & MASK32
     words[HOLDER], words[HELD_SINCE] = log.lock.pid, now
     body = BODY.pack(size, key_end, padding, flags, now) + key + ZEROS[padding] + value
     checksum = xxh3_64_intdigest(body, log.salt ^ offset)
@@ -171,7 +171,7 @@ def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None =
     if words[at.SYNCED_TO] == tail:
         flags |= SYNCED
     offset = tail & MASK32
-    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) if written is None else written, expiry)
+    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) & MASK32 if written is None else written, expiry)
     done = log.active.pwrite(data, offset)
     if done != length:
         log.active.write(data[done:], offset + done)
