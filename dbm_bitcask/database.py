@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from .engine.errors import CLOSED, FlagError, error
+from .engine.errors import CLOSED, FlagError, NotFoundError, error
 from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database
 
 if TYPE_CHECKING:
@@ -66,8 +66,15 @@ def open(
         raise ValueError(f"segment_size must be from {MINIMUM_SEGMENT} to {MAXIMUM_SEGMENT} bytes, not {segment_size!r}")
     if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout must be a number of seconds, not {timeout!r}")
-    path = os.path.abspath(os.fsdecode(file))  # noqa: PTH100  (a later chdir must not change what messages say)
-    return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix), interval)
+    given = os.fsdecode(file)
+    if not given:  # which abspath would take for the working directory
+        raise NotFoundError(2, "no database here", given)
+    path = os.path.abspath(given)  # noqa: PTH100  (a later chdir must not change what messages say)
+    try:
+        return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix), interval)
+    except NotFoundError as failure:
+        failure.filename = given  # as the standard library's errors have it
+        raise
 
 
 def _open(path: str, letter: str, options: Options, interval: float | None) -> Database:
@@ -144,6 +151,7 @@ class Database(MutableMapping[bytes, bytes]):
     mapping has:
 
         firstkey, nextkey        walk the keys one call at a time, as with dbm.gnu
+        iterkeys                 the same as iter, as with dbm.dumb
         sync, close              make durable; end the use (also as a context manager)
         merge, reorganize        give back the space of what was overwritten and deleted
         stats                    sizes and counts
@@ -279,6 +287,10 @@ class Database(MutableMapping[bytes, bytes]):
         """A view of the values."""
         self._open_store()
         return _Values(self)
+
+    def iterkeys(self) -> Iterator[bytes]:
+        """The keys, as `iter(db)`: the name that dbm.dumb has for it."""
+        return iter(self)
 
     def firstkey(self) -> bytes | None:
         """The first key of a walk, or None if there is none."""
