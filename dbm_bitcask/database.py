@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
     Bytes: TypeAlias = str | Buffer
+    Items: TypeAlias = Mapping[str, Bytes] | Mapping[bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]
 
     Flag = Literal[
         "r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns", "ru", "wu", "cu", "nu",
@@ -325,9 +326,13 @@ class Database(MutableMapping[bytes, bytes]):
         """Delete every key, and give back the space. O(1), but for unlinking the files."""
         self._call(self._writable_store().clear)
 
-    def __ior__(self, other: Mapping[Bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]) -> Self:
-        self.update(other)  # type: ignore[arg-type]
+    def __ior__(self, other: Items) -> Self:
+        self.update(other)
         return self
+
+    if TYPE_CHECKING:  # the inherited one, which takes whatever can be set
+
+        def update(self, other: Items = (), /, **named: Bytes) -> None: ...  # type: ignore[override]
 
     # The whole.
 
