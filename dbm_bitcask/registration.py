@@ -118,7 +118,7 @@ class _Patch:
         dbm._modules.setdefault(_NAME, sys.modules[__package__])
 
     def is_on(self, dbm: Any) -> bool:
-        return self.dbm is dbm and dbm.open is self.open and dbm.whichdb is self.whichdb
+        return bool(dbm.open is self.open and dbm.whichdb is self.whichdb)
 
     def undo(self) -> None:
         if self.dbm.open is self.open:

@@ -303,12 +303,13 @@ def test_what_others_patched_before_is_kept_and_restored(ours, monkeypatch, defa
 def test_what_others_patched_in_between_stays_and_ours_below_it_does_nothing(ours, path, monkeypatch):
     with monkeypatch.context() as patched:
         dbm_bitcask.register(default=True)
-        below = dbm.open
+        below, below_whichdb = dbm.open, dbm.whichdb
         patched.setattr(dbm, "open", lambda *args: below(*args))
         theirs = dbm.open
         dbm_bitcask.unregister()
         assert dbm.open is theirs
         assert dbm.whichdb is ORIGINAL[1]
+        assert below_whichdb(ours) is None
         with dbm.open(str(path) + "-new", "c") as db:  # through theirs, and ours below
             assert not isinstance(db, dbm_bitcask.Database)
         with pytest.raises(dbm.error):
