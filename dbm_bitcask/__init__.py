@@ -14,6 +14,19 @@ b'value'
 
 from .database import Database, open, whichdb
 from .engine.errors import CorruptionError, LockTimeout, error
+from .registration import register, registered, unregister
 from .shelf import Shelf, open_shelf
 
-__all__ = ["CorruptionError", "Database", "LockTimeout", "Shelf", "error", "open", "open_shelf", "whichdb"]
+__all__ = [
+    "CorruptionError",
+    "Database",
+    "LockTimeout",
+    "Shelf",
+    "error",
+    "open",
+    "open_shelf",
+    "register",
+    "registered",
+    "unregister",
+    "whichdb",
+]

@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from .engine.errors import CLOSED, FlagError, as_error, error
+from .engine.errors import CLOSED, FlagError, NotFoundError, as_error, error
 from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
     Bytes: TypeAlias = str | Buffer
+    Items: TypeAlias = Mapping[str, Bytes] | Mapping[bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]
 
     Flag = Literal[
         "r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns", "ru", "wu", "cu", "nu",
@@ -74,8 +75,15 @@ def open(
         raise ValueError(f"timeout must be a number of seconds, not {timeout!r}")
     if files not in ("auto", "native", "portable"):
         raise ValueError(f"files must be 'auto', 'native' or 'portable', not {files!r}")
-    path = os.path.abspath(os.fsdecode(file))  # noqa: PTH100  (a later chdir must not change what messages say)
-    return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix, files), interval)
+    given = os.fsdecode(file)
+    if not given:  # which abspath would take for the working directory
+        raise NotFoundError(2, "no database here", given)
+    path = os.path.abspath(given)  # noqa: PTH100  (a later chdir must not change what messages say)
+    try:
+        return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix, files), interval)
+    except NotFoundError as failure:
+        failure.filename = given  # as the standard library's errors have it
+        raise
 
 
 def _open(path: str, letter: str, options: Options, interval: float | None) -> Database:
@@ -144,6 +152,7 @@ class Database(MutableMapping[bytes, bytes]):
     mapping has:
 
         firstkey, nextkey        walk the keys one call at a time, as with dbm.gnu
+        iterkeys                 the same as iter, as with dbm.dumb
         sync, close              make durable; end the use (also as a context manager)
         merge, reorganize        give back the space of what was overwritten and deleted
         stats                    sizes and counts
@@ -286,6 +295,10 @@ class Database(MutableMapping[bytes, bytes]):
         self._open_store()
         return _Values(self)
 
+    def iterkeys(self) -> Iterator[bytes]:
+        """The keys, as `iter(db)`: the name that dbm.dumb has for it."""
+        return iter(self)
+
     def firstkey(self) -> bytes | None:
         """The first key of a walk, or None if there is none."""
         return self._advance(iter(self))
@@ -319,9 +332,13 @@ class Database(MutableMapping[bytes, bytes]):
         """Delete every key, and give back the space. O(1), but for unlinking the files."""
         self._call(self._writable_store().clear)
 
-    def __ior__(self, other: Mapping[Bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]) -> Self:
-        self.update(other)  # type: ignore[arg-type]
+    def __ior__(self, other: Items) -> Self:
+        self.update(other)
         return self
+
+    if TYPE_CHECKING:  # the inherited one, which takes whatever can be set
+
+        def update(self, other: Items = (), /, **named: Bytes) -> None: ...  # type: ignore[override]
 
     # The whole.
 

@@ -1,30 +1,140 @@
-"""Shelf: `shelve.Shelf` over a database of ours."""
+"""Shelf: `shelve.Shelf` over a database of ours, with what the latest Python has on every version."""
 
 from __future__ import annotations
 
+import pickle
 import shelve
+from collections.abc import ItemsView, Iterator, ValuesView
 from typing import TYPE_CHECKING, Any
 
 from .database import Database, open
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping
+
+    from typing_extensions import Buffer
+
     from .database import Flag, Path
 
 __all__ = ["Shelf", "open_shelf"]
 
 
-class Shelf(shelve.Shelf[Any]):
-    """A `shelve.Shelf` whose `clear` is not quadratic.
+class _MissingArgument(TypeError, getattr(shelve, "ShelveError", Exception)):  # type: ignore[misc]
+    """One of `serializer` and `deserializer` without the other: a TypeError, and from Python 3.15 on a `shelve.ShelveError`, too."""
 
-    Values are pickled: whoever can write the database can run code in the process that reads it.
+
+class Shelf(shelve.Shelf[Any]):
+    """A `shelve.Shelf` over any mapping of bytes to bytes; made for ours, as `open_shelf` opens it.
+
+    Keys are str, values any objects. `serializer(value, protocol)` returns the bytes of a value, as bytes, bytearray or str, and
+    `deserializer(data)` makes the value of the bytes again; both or neither are given. Without them values are pickled: whoever can write
+    the database can run code in the process that reads it.
+
+    A walk over all values reads the database once, in the order of its log. `protocol`, `writeback` and `keyencoding` are those of
+    `shelve.Shelf`, and so is what happens with `writeback`: each value that was read is kept in memory, and written by `sync` and `close`.
     """
 
-    dict: Database
+    dict: Database  # whatever else it was made over
+    cache: MutableMapping[str, Any]
+    keyencoding: str
+    writeback: bool
+    _protocol: int
+
+    def __init__(
+        self,
+        dict: MutableMapping[bytes, bytes],
+        protocol: int | None = None,
+        writeback: bool = False,
+        keyencoding: str = "utf-8",
+        *,
+        serializer: Callable[[Any, int], Buffer | str] | None = None,
+        deserializer: Callable[[bytes], Any] | None = None,
+    ) -> None:
+        if (serializer is None) != (deserializer is None):
+            raise _MissingArgument("serializer and deserializer must be given together")
+        super().__init__(dict, pickle.DEFAULT_PROTOCOL if protocol is None else protocol, writeback, keyencoding)
+        self.serializer: Callable[[Any, int], Any] = pickle.dumps if serializer is None else serializer
+        self.deserializer: Callable[[bytes], Any] = pickle.loads if deserializer is None else deserializer
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key; KeyError if it is not there."""
+        try:
+            return self.cache[key]
+        except KeyError:
+            return self._loaded(key, self.dict[key.encode(self.keyencoding)])
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Set a key. TypeError if the serializer returns neither a bytes-like object nor a str; nothing has changed then."""
+        data = self.serializer(value, self._protocol)
+        self.dict[key.encode(self.keyencoding)] = data
+        if self.writeback:
+            self.cache[key] = value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or `default` if it is not there: one look into the database."""
+        if key in self.cache:
+            return self.cache[key]
+        data = self.dict.get(key.encode(self.keyencoding))
+        return default if data is None else self._loaded(key, data)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, without a list of them."""
+        return (key.decode(self.keyencoding) for key in self.dict)
+
+    def items(self) -> ItemsView[str, Any]:
+        """A view of the keys with their values."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[Any]:
+        """A view of the values."""
+        return _Values(self)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Delete some key and return it with its value; KeyError if there is none. What cannot be deserialized stays."""
+        stored, data = self.dict.popitem()
+        try:
+            key = stored.decode(self.keyencoding)
+            value = self.cache[key] if key in self.cache else self.deserializer(data)
+        except BaseException:
+            self.dict.setdefault(stored, data)
+            raise
+        self.cache.pop(key, None)
+        return key, value
 
     def clear(self) -> None:
         """Delete every key. O(1)."""
-        self.cache: dict[str, Any] = {}
         self.dict.clear()
+        self.cache.clear()
+
+    def reorganize(self) -> None:
+        """Write what `writeback` keeps, make it durable, and give back the space of what was overwritten and deleted."""
+        self.sync()
+        reorganize = getattr(self.dict, "reorganize", None)
+        if reorganize is not None:
+            reorganize()
+
+    def _loaded(self, key: str, data: bytes) -> Any:
+        value = self.deserializer(data)
+        if self.writeback:
+            self.cache[key] = value
+        return value
+
+
+class _Items(ItemsView[str, Any]):
+    _mapping: Shelf
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        shelf = self._mapping
+        for stored, data in shelf.dict.items():
+            key = stored.decode(shelf.keyencoding)
+            yield key, shelf.cache[key] if key in shelf.cache else shelf._loaded(key, data)
+
+
+class _Values(ValuesView[Any]):
+    _mapping: Shelf
+
+    def __iter__(self) -> Iterator[Any]:
+        return (value for _, value in self._mapping.items())
 
 
 def open_shelf(
@@ -34,10 +144,23 @@ def open_shelf(
     writeback: bool = False,
     *,
     keyencoding: str = "utf-8",
+    serializer: Callable[[Any, int], Buffer | str] | None = None,
+    deserializer: Callable[[bytes], Any] | None = None,
     **options: Any,
 ) -> Shelf:
-    """Open the database at `file` as a shelf: str keys, and values of any type that can be pickled.
+    """Open the database at `file` as a shelf: str keys, and values of any type that can be serialized, by default pickled.
 
-    `protocol`, `writeback` and `keyencoding` are those of `shelve.Shelf`; everything else is for `dbm_bitcask.open`.
+    `protocol`, `writeback`, `keyencoding`, `serializer` and `deserializer` are those of `Shelf`; everything else is for
+    `dbm_bitcask.open`.
+
+    >>> import dbm_bitcask, json, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "example")
+    >>> with dbm_bitcask.open_shelf(path, serializer=lambda value, protocol: json.dumps(value), deserializer=json.loads) as shelf:
+    ...     shelf["numbers"] = [1, 2, 3]
+    ...     shelf["numbers"], shelf.dict[b"numbers"]
+    ([1, 2, 3], b'[1, 2, 3]')
     """
-    return Shelf(open(file, flag, **options), protocol, writeback, keyencoding)
+    if (serializer is None) != (deserializer is None):  # before a database is created, or emptied, for nothing
+        raise _MissingArgument("serializer and deserializer must be given together")
+    database: Database = open(file, flag, **options)
+    return Shelf(database, protocol, writeback, keyencoding, serializer=serializer, deserializer=deserializer)

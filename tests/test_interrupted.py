@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 
 import pytest

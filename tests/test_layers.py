@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import dbm_bitcask
+from children import run_python
 
 # From the top. A module imports from the rows below its own, and from nowhere else.
 ROWS = [
@@ -50,6 +51,9 @@ IO_MODULES = {
     "resource",
 }
 OS_WITHOUT_IO = {"PathLike", "fsdecode", "getpid", "register_at_fork", "path.dirname", "path.join"}
+
+# The modules of the interface that know them: nothing else unpickles, or is near to what registration changes.
+KNOW = {"pickle": {"shelf", "demo"}, "shelve": {"shelf", "demo"}, "dbm": {"registration"}}
 
 PACKAGE = Path(dbm_bitcask.__file__).parent
 ENGINE = {file.stem: file for file in (PACKAGE / "engine").glob("*.py") if file.stem != "__init__"}
@@ -147,3 +151,13 @@ def test_interface_knows_only_the_face_of_the_engine(module):
     known = imports(INTERFACE[module], "dbm_bitcask")
     parts = {name.split(".")[2] for name in known if name.startswith("dbm_bitcask.engine.")}
     assert parts & set(ENGINE) <= FACE
+
+
+@pytest.mark.parametrize("other", KNOW)
+def test_only_these_modules_of_the_interface_know(other):
+    assert {module for module, file in INTERFACE.items() if other in imports(file, "dbm_bitcask")} == KNOW[other]
+
+
+def test_import_of_the_package_does_not_import_dbm():
+    script = "import dbm_bitcask, sys; print([name for name in sys.modules if name.partition('.')[0] == 'dbm'])"
+    assert run_python(script).strip() == "[]"

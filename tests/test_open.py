@@ -856,3 +856,22 @@ def test_database_leaves_no_descriptor_and_no_thread_behind(full):
     before = held()
     use()
     assert held() == before
+
+
+@pytest.mark.parametrize("flag", ["r", "w"])
+def test_missing_database_is_named_as_the_caller_named_it(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    for given in ("missing", b"missing", Path("missing"), "./missing", str(tmp_path / "missing")):
+        with pytest.raises(FileNotFoundError) as caught:
+            dbm_bitcask.open(given, flag)
+        assert caught.value.filename == os.fsdecode(given)
+
+
+@pytest.mark.parametrize("flag", ["r", "w", "c", "n"])
+def test_empty_path_is_no_database_and_not_the_working_directory(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    for given in ("", b""):
+        with pytest.raises(dbm_bitcask.error) as caught:
+            dbm_bitcask.open(given, flag)
+        assert isinstance(caught.value, FileNotFoundError)
+    assert list(tmp_path.iterdir()) == []

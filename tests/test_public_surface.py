@@ -8,11 +8,23 @@ import pytest
 
 import dbm_bitcask
 
-NAMES = ["CorruptionError", "Database", "LockTimeout", "Shelf", "error", "open", "open_shelf", "whichdb"]
+NAMES = [
+    "CorruptionError",
+    "Database",
+    "LockTimeout",
+    "Shelf",
+    "error",
+    "open",
+    "open_shelf",
+    "register",
+    "registered",
+    "unregister",
+    "whichdb",
+]
 
 METHODS = """
     __contains__ __delitem__ __enter__ __eq__ __exit__ __getitem__ __ior__ __iter__ __len__ __reduce__ __setitem__
-    clear close firstkey get items keys merge nextkey pop popitem reorganize setdefault stats sync update values
+    clear close firstkey get items iterkeys keys merge nextkey pop popitem reorganize setdefault stats sync update values
 """.split()  # noqa: SIM905
 
 EMPTY = inspect.Parameter.empty
@@ -48,8 +60,31 @@ def test_signature_of_open_shelf():
         ("protocol", None, POSITIONAL),
         ("writeback", False, POSITIONAL),
         ("keyencoding", "utf-8", BY_NAME),
+        ("serializer", None, BY_NAME),
+        ("deserializer", None, BY_NAME),
         ("options", EMPTY, inspect.Parameter.VAR_KEYWORD),
     ]
+
+
+def test_signature_of_shelf_is_that_of_the_latest_standard_library():
+    assert parameters(dbm_bitcask.Shelf) == [
+        ("dict", EMPTY, POSITIONAL),
+        ("protocol", None, POSITIONAL),
+        ("writeback", False, POSITIONAL),
+        ("keyencoding", "utf-8", POSITIONAL),
+        ("serializer", None, BY_NAME),
+        ("deserializer", None, BY_NAME),
+    ]
+
+
+def test_signatures_of_registration():
+    assert parameters(dbm_bitcask.register) == parameters(dbm_bitcask.registered) == [("default", False, POSITIONAL)]
+    assert parameters(dbm_bitcask.unregister) == []
+
+
+@pytest.mark.parametrize("name", ["clear", "close", "get", "items", "popitem", "reorganize", "sync", "update", "values"])
+def test_shelf_has_the_methods_of_the_latest_standard_library(name):
+    assert callable(getattr(dbm_bitcask.Shelf, name))
 
 
 def test_signature_of_whichdb():

@@ -5,8 +5,13 @@ from __future__ import annotations
 import collections
 import datetime
 import decimal
+import hashlib
+import io
+import json
+import pathlib
 import pickle
 import shelve
+import sys
 
 import pytest
 
@@ -304,3 +309,287 @@ with shelve.Shelf(dbm_bitcask.open(sys.argv[1], "r")) as shelf:
     print(len(shelf), shelf["date"], shelf["counter"]["s"])
 """
     assert run_python(script, path).split() == [str(len(VALUES)), "2024-02-29", "4"]
+
+
+# What newer versions of the standard library have, on every version.
+
+
+JSON = {"serializer": lambda value, _: json.dumps(value), "deserializer": json.loads}
+
+NEW_SHELVES = {
+    "Shelf": lambda path, **options: dbm_bitcask.Shelf(dbm_bitcask.open(path), **options),
+    "open_shelf": lambda path, **options: dbm_bitcask.open_shelf(path, **options),
+}
+
+
+@pytest.fixture(params=NEW_SHELVES.values(), ids=NEW_SHELVES)
+def ours(request, path):
+    """Opens a shelf of ours at `path`, in either way."""
+    return lambda **options: request.param(path, **options)
+
+
+def test_serializer_and_deserializer_take_the_place_of_pickle(ours, monkeypatch):
+    monkeypatch.setattr(pickle, "loads", None)
+    monkeypatch.setattr(pickle, "dumps", None)
+    with ours(**JSON) as shelf:
+        shelf["größe"] = {"a": [1, None, "x"]}
+        assert shelf.dict["größe".encode()] == b'{"a": [1, null, "x"]}'
+        assert shelf["größe"] == shelf.get("größe") == {"a": [1, None, "x"]}
+        assert list(shelf.items()) == [("größe", {"a": [1, None, "x"]})]
+        assert list(shelf.values()) == [{"a": [1, None, "x"]}]
+    with ours(**JSON) as shelf:
+        assert shelf.popitem() == ("größe", {"a": [1, None, "x"]})
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, str])
+def test_serializer_may_return_bytes_or_str_and_deserializer_gets_bytes(ours, kind):
+    def serializer(value, _):
+        return value if kind is str else kind(value.encode())
+
+    seen = []
+    with ours(serializer=serializer, deserializer=lambda data: seen.append(type(data)) or data.decode()) as shelf:
+        shelf["key"] = "größe"
+        assert shelf["key"] == "größe"
+    assert seen == [bytes]
+
+
+@pytest.mark.parametrize("wrong", [None, 5, ["a"], object()])
+@pytest.mark.parametrize("writeback", [False, True])
+def test_serializer_that_returns_something_else_is_a_type_error_and_changes_nothing(ours, wrong, writeback):
+    with ours(writeback=writeback, serializer=lambda value, _: value, deserializer=bytes) as shelf:
+        shelf["key"] = b"before"
+        with pytest.raises(TypeError, match="values must be bytes or strings"):
+            shelf["key"] = wrong
+        assert dict(shelf) == {"key": b"before"}
+
+
+@every_protocol
+def test_serializer_gets_the_protocol(ours, protocol):
+    got = []
+    with ours(protocol=protocol, serializer=lambda _, protocol: got.append(protocol) or b"", deserializer=bytes) as shelf:
+        shelf["key"] = 1
+    assert got == [pickle.DEFAULT_PROTOCOL if protocol is None else protocol]
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_serializer_without_deserializer_is_a_type_error_and_opens_nothing(ours, path, name):
+    with dbm_bitcask.open(path) as db:
+        db["key"] = b"1"
+    with pytest.raises(TypeError, match="must be given together") as caught:
+        dbm_bitcask.open_shelf(path, "n", **{name: JSON[name]})
+    with pytest.raises(TypeError):
+        ours(**{name: JSON[name]})
+    assert isinstance(caught.value, getattr(shelve, "ShelveError", TypeError))
+    with dbm_bitcask.open(path, "r") as db:
+        assert db["key"] == b"1"
+
+
+def test_serializer_works_with_writeback(ours):
+    with ours(writeback=True, **JSON) as shelf:
+        shelf["deep"] = {"a": []}
+        shelf["deep"]["a"].append(1)
+    with ours(writeback=True, **JSON) as shelf:
+        for value in shelf.values():
+            value["a"].append(2)
+        shelf.get("deep")["a"].append(3)
+    with ours(**JSON) as shelf:
+        assert dict(shelf) == {"deep": {"a": [1, 2, 3]}}
+
+
+def test_shelf_reads_what_shelve_wrote_and_the_other_way_round(ours, path):
+    with shelve.Shelf(dbm_bitcask.open(path)) as shelf:
+        shelf.update(VALUES)
+    with ours() as shelf:
+        assert dict(shelf.items()) == VALUES
+        shelf["new"] = {1}
+    with shelve.Shelf(dbm_bitcask.open(path)) as shelf:
+        assert shelf["new"] == {1}
+
+
+def test_no_operation_lists_all_keys(ours, monkeypatch):
+    with ours() as shelf:
+        shelf.update({str(number): number for number in range(1000)})
+        monkeypatch.setattr(dbm_bitcask.Database, "keys", None)
+        monkeypatch.setattr(dbm_bitcask.Database, "__contains__", None)
+        assert shelf.get("7") == 7
+        assert len(list(shelf)) == len(list(shelf.items())) == len(list(shelf.values())) == 1000
+        for _ in range(500):
+            shelf.popitem()
+        shelf.update(shelf.items())
+        shelf.clear()
+        assert len(shelf) == 0
+
+
+def steps(action):
+    """How many lines of Python an action runs: its cost, on every machine the same."""
+    count = 0
+
+    def trace(_frame, event, _argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(former)
+    return count
+
+
+def get_all(shelf):
+    for number in range(len(shelf)):
+        shelf.get(str(number))
+
+
+def pop_all(shelf):
+    while shelf:
+        shelf.popitem()
+
+
+@pytest.mark.parametrize(
+    ("action", "growth"),
+    [
+        (get_all, 5),
+        (lambda shelf: list(shelf.items()), 5),
+        (lambda shelf: shelf.update({str(number): 0 for number in range(len(shelf))}), 5),
+        (pop_all, 5),
+        (lambda shelf: shelf.clear(), 1.5),
+    ],
+    ids=["get", "items", "update", "popitem", "clear"],
+)
+def test_four_times_the_keys_take_four_times_the_work(tmp_path, action, growth):
+    took = {}
+    for size in 500, 2000:
+        with dbm_bitcask.open_shelf(tmp_path / str(size)) as shelf:
+            shelf.update({str(number): number for number in range(size)})
+            took[size] = steps(lambda shelf=shelf: action(shelf))
+    assert took[2000] <= growth * took[500]
+
+
+def test_shelf_that_is_written_back_gives_out_what_it_keeps(ours):
+    with ours(writeback=True) as shelf:
+        shelf["key"] = [1]
+        shelf["key"].append(2)
+        assert shelf.get("key") is shelf["key"]
+        assert list(shelf.items()) == [("key", [1, 2])]
+        assert shelf.popitem() == ("key", [1, 2])
+        assert "key" not in shelf
+    with ours() as shelf:
+        assert dict(shelf) == {}
+
+
+def test_value_that_cannot_be_read_is_not_lost_by_popitem(ours):
+    with ours() as shelf:
+        shelf.dict[b"key"] = b"no pickle"
+        with pytest.raises(pickle.UnpicklingError):
+            shelf.popitem()
+        assert shelf.dict[b"key"] == b"no pickle"
+        shelf.clear()
+        with pytest.raises(KeyError):
+            shelf.popitem()
+
+
+def test_error_of_a_deserializer_is_not_taken_for_a_missing_key(ours):
+    def deserializer(_):
+        raise KeyError("inside")
+
+    with ours(serializer=lambda value, _: value, deserializer=deserializer) as shelf:
+        shelf["key"] = b""
+        with pytest.raises(KeyError, match="inside"):
+            shelf.get("key", "default")
+
+
+@pytest.mark.parametrize(
+    "operation", [len, list, lambda shelf: shelf.get("key"), lambda shelf: list(shelf.items()), lambda shelf: shelf.clear()]
+)
+def test_closed_shelf_is_a_value_error(ours, operation):
+    shelf = ours()
+    shelf.close()
+    with pytest.raises(ValueError, match="closed"):
+        operation(shelf)
+
+
+def size_of(path):
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+@pytest.mark.parametrize("opened", ["Database", "Shelf"])
+def test_reorganize_gives_back_space_and_keeps_everything(path, opened):
+    opener = dbm_bitcask.open if opened == "Database" else dbm_bitcask.open_shelf
+    with opener(path) as it:
+        for number in range(1000):
+            it[str(number)] = "v" * 100
+        for number in range(0, 1000, 2):
+            del it[str(number)]
+        before = dict(it)
+        it.sync()
+        size = size_of(path)
+        it.reorganize()
+        assert dict(it) == before
+    assert size_of(path) < size
+    with opener(path, "r") as it:
+        assert dict(it) == before
+        with pytest.raises(dbm_bitcask.error, match="reading only"):
+            it.reorganize()
+    with opener(path, "c") as it:
+        it["new"] = "v"
+        it.reorganize()
+        assert len(it) == 501
+
+
+def test_reorganize_writes_back_first(ours):
+    with ours(writeback=True) as shelf:
+        shelf["key"] = []
+        shelf["key"].append(1)
+        shelf.reorganize()
+        assert pickle.loads(shelf.dict[b"key"]) == [1]
+
+
+class InBytes:
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return bytes(self.path)
+
+
+@pytest.mark.parametrize("kind", [str, bytes, pathlib.Path, InBytes])
+def test_path_may_be_of_any_kind(path, kind):
+    with dbm_bitcask.open_shelf(kind(path)) as shelf:
+        shelf["key"] = 1
+    with dbm_bitcask.open(kind(path), "r") as db:
+        assert db.keys() == [b"key"]
+    assert dbm_bitcask.whichdb(kind(path)) == "dbm_bitcask"
+
+
+class Blob:
+    def __init__(self, data):
+        self.data = data
+
+
+def test_big_objects_stay_in_the_database_and_are_read_once_each(path):
+    with dbm_bitcask.open(path) as db:
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value):
+                if isinstance(value, Blob):
+                    key = f"blob {hashlib.sha256(value.data).hexdigest()}"
+                    db.setdefault(key, value.data)
+                    return key
+                return None
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, key):
+                return Blob(db[key])
+
+        blob = Blob(b"x" * 100_000)
+        for number in range(10):
+            file = io.BytesIO()
+            Pickler(file, 5).dump({"number": number, "blob": blob, "again": blob})
+            db[f"item {number}"] = file.getvalue()
+        assert len(db) == 11
+        assert db.stats().live_bytes < 150_000
+        item = Unpickler(io.BytesIO(db["item 7"])).load()
+        assert (item["number"], item["blob"].data) == (7, blob.data)
