@@ -34,7 +34,7 @@ from dbm_bitcask.engine.page import key_hash
 from dbm_bitcask.engine.repair import repair
 from forged import reseal_hint, reseal_manifest
 
-pytestmark = pytest.mark.usefixtures("watched")
+pytestmark = pytest.mark.usefixtures("fast_disk", "watched")
 
 ENGINE = sorted((Path(dbm_bitcask.__file__).parent / "engine").glob("*.py"))
 
