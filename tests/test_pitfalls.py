@@ -237,7 +237,7 @@ def test_pitfall_08_hint_that_does_not_fit_its_segment_returns_nothing_wrong(pat
     file.write_bytes(writer.head() + body + writer.checksum())
     (path / "keydir").unlink()
     with dbm_bitcask.open(path, "r") as db:
-        assert {db.get(key.key) for key in keys} <= {None, *(expected[key.key] for key in keys[len(keys) // 2 :][:1])}
+        assert [key for key in keys if db.get(key.key) not in (None, expected[key.key])] == []
     file.write_bytes(data)
 
 
@@ -260,7 +260,8 @@ def test_pitfall_09_rebuild_takes_no_record_that_does_not_verify(path):
                 with pytest.raises(dbm_bitcask.CorruptionError):
                     db[b"key 3"]
                 assert {key: db[key] for key in list(ITEMS)[4:]} == dict(list(ITEMS.items())[4:])
-                assert len(db) == len(ITEMS) - 1
+                with pytest.raises(dbm_bitcask.CorruptionError):
+                    len(db)
         flip(path / "00000001.data", place + offset)
     lose_index(path)
     assert everything(path, "w") == ITEMS
@@ -285,7 +286,8 @@ def test_pitfall_10_length_in_a_record_that_does_not_verify_is_not_followed(dama
             db[keys[5]]
         with pytest.raises(dbm_bitcask.CorruptionError):
             seen.update(db)  # adds one by one
-    assert set(keys) - seen == {keys[5]}
+    # Without an index nothing tells which key the damaged record has: what stands before it may be older.
+    assert set(keys) - seen == ({keys[5]} if index else set(keys[:6]))
 
 
 def test_pitfall_11_checksum_covers_the_header(path):
@@ -705,9 +707,10 @@ def test_pitfall_27_record_within_a_value_is_never_taken_for_one_of_the_log(path
     for flag in "rw":
         lose_index(path)
         with dbm_bitcask.open(path, flag) as db:
-            assert (len(db), db[b"last"]) == (2, b"value")
-            with pytest.raises(dbm_bitcask.CorruptionError):
-                db[b"first"]
+            assert db[b"last"] == b"value"
+            for ask in (lambda: db[b"first"], lambda: len(db), lambda: dict(db)):
+                with pytest.raises(dbm_bitcask.CorruptionError):
+                    ask()
     flip(active(path), start - 10)
     lose_index(path)
     assert everything(path, "w") == {b"first": b"value", b"carrier ": forged, b"last": b"value"}

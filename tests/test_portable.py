@@ -92,7 +92,7 @@ def test_missing_directory_is_no_database(inside, flag):
 def test_missing_parent_is_named(inside):
     with pytest.raises(dbm_bitcask.error, match="does not exist") as missing:
         dbm_bitcask.open(inside / "deeper", "c", files="portable")
-    assert missing.value.filename == str(inside)
+    assert missing.value.filename == str(inside / "deeper")
 
 
 def test_file_in_the_place_of_a_database_is_refused(inside):
