@@ -207,7 +207,7 @@ def abandoned(closed):
 
 @pytest.fixture
 def indexless(closed):
-    (closed / "keydir").unlink()
+    (closed / "keydir").unlink(missing_ok=True)
     return closed
 
 

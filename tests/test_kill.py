@@ -170,7 +170,7 @@ def sessions(path, pipe, seed, options):
                 apply(db, *change)
                 os.write(pipe, b".")
         if seed % 3 == 0:
-            (path / "keydir").unlink()
+            (path / "keydir").unlink(missing_ok=True)
 
 
 def killed_within(path, seed, options):

@@ -683,7 +683,7 @@ def test_deleted_keys_stay_deleted_through_merges(db, path, reopen):
     db = reopen()
     assert not db
     db.close()
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     assert not reopen()
 
 

@@ -196,7 +196,7 @@ def test_with_suffix_u_no_lock_is_taken(path):
 def test_reader_with_an_index_of_its_own_goes_over_to_the_shared_one(path):
     with dbm_bitcask.open(path) as db:
         db.update({b"%d" % number: b"v" for number in range(100)})
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     with dbm_bitcask.open(path, "r") as reader:
         assert reader[b"5"] == b"v"
         with dbm_bitcask.open(path, "w") as db:
@@ -278,7 +278,7 @@ def test_readers_agree_on_a_write_that_died_whatever_index_they_came_to(path, mo
     def find_none_that_can_be_trusted(_):
         turns.append(1)
         if len(turns) == 3:
-            (path / "keydir").unlink()
+            (path / "keydir").unlink(missing_ok=True)
             fork_and_wait(die_before_the_slot)
         return False
 

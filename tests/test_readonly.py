@@ -104,7 +104,7 @@ def lose_nothing(path):
 
 
 def lose_keydir(path):
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
 
 
 def damage_keydir(path):

@@ -99,7 +99,7 @@ def torn(path, data, keydir):
     """As a kill leaves it (the keydir does not know of the record), or a power cut (the keydir is lost)."""
     active(path).write_bytes(data)
     if not keydir:
-        (path / "keydir").unlink()
+        (path / "keydir").unlink(missing_ok=True)
 
 
 lost_or_not = pytest.mark.parametrize("keydir", [True, False], ids=["keydir", "no keydir"])
@@ -279,7 +279,7 @@ def test_flipped_bit_before_a_sync_is_reported_and_nothing_is_cut(synced, key, k
     flip(active(synced), where[key] + 20)
     size = active(synced).stat().st_size
     if not keydir:
-        (synced / "keydir").unlink()
+        (synced / "keydir").unlink(missing_ok=True)
     for flag in "rwrw":
         with dbm_bitcask.open(synced, flag) as db:
             with pytest.raises(dbm_bitcask.CorruptionError) as failure:
@@ -297,7 +297,7 @@ def test_without_keydir_what_is_older_than_damage_is_an_error_and_never_an_old_v
     """Nobody knows which key the lost record had: maybe a newer value of this one."""
     where = offsets(active(synced))
     flip(active(synced), where[b"key 3"] + 20)
-    (synced / "keydir").unlink()
+    (synced / "keydir").unlink(missing_ok=True)
     with dbm_bitcask.open(synced, "w") as db:
         for key in [b"key 0", b"key 2", b"never there"]:
             with pytest.raises(dbm_bitcask.CorruptionError):
@@ -316,7 +316,7 @@ def test_flipped_bit_behind_the_last_sync_is_a_torn_tail_if_the_keydir_is_lost(p
     db[b"third behind"] = b"the sync"
     abandon(db)
     flip(active(path), offsets(active(path))[b"second behind"] + 20)
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     require_contents(path, {**ITEMS, b"first behind": b"the sync"})
 
 
@@ -325,7 +325,7 @@ def test_everything_of_a_closed_database_is_vouched_for(closed):
         if key:  # all but the mark itself
             flip(active(closed), offset + 20)
             shutil.copy(closed / "keydir", closed / "spare")
-            (closed / "keydir").unlink()
+            (closed / "keydir").unlink(missing_ok=True)
             with dbm_bitcask.open(closed, "r") as db, pytest.raises(dbm_bitcask.CorruptionError):
                 db[key]
             shutil.move(closed / "spare", closed / "keydir")
@@ -346,7 +346,7 @@ def test_damage_in_a_sealed_segment_is_reported_and_everything_else_can_be_read(
         hint.unlink()
     flip(file, live[victim] + 40)
     if not keydir:
-        (several / "keydir").unlink()
+        (several / "keydir").unlink(missing_ok=True)
     for flag in "rw":
         with dbm_bitcask.open(several, flag) as db:
             for key, value in expected.items():
@@ -359,7 +359,7 @@ def test_damage_in_a_sealed_segment_is_reported_and_everything_else_can_be_read(
                     assert (is_older[key] and not keydir) or db[key] == value
     assert [problem.offset for problem in check(several) if problem.file.endswith(file.name)] == [live[victim]]
     file.write_bytes(good)
-    (several / "keydir").unlink()
+    (several / "keydir").unlink(missing_ok=True)
     assert contents(several, "w") == expected
 
 
@@ -384,7 +384,7 @@ def test_sealed_segment_that_is_too_long_is_read_up_to_its_length(several):
     expected = contents(several)
     with sealed(several)[1].open("ab") as file:
         file.write(b"something behind the end" * 100)
-    (several / "keydir").unlink()
+    (several / "keydir").unlink(missing_ok=True)
     for hint in several.glob("*.hint"):
         hint.unlink()
     require_contents(several, expected)
@@ -394,7 +394,7 @@ def test_sealed_segment_that_is_too_long_is_read_up_to_its_length(several):
 
 
 def delete_it(path):
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
 
 
 def empty_it(path):
@@ -645,7 +645,7 @@ def lossy(path):
         db._store.locked(rotation.rotate)
         db[b"lost"] = b"lost value"
         db[b"newer"] = b"newer"
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     file = active(path)
     file.write_bytes(file.read_bytes().replace(b"lost value", b"lost_value"))
     yield path
@@ -712,7 +712,7 @@ def test_rebuilding_is_linear_in_the_number_of_segments(tmp_path):
             for number in range(count):
                 db[b"%d" % number] = bytes(3900)
         assert len(sealed(path)) == count - 1
-        (path / "keydir").unlink()
+        (path / "keydir").unlink(missing_ok=True)
         steps.append(steps_of(lambda path=path: dbm_bitcask.open(path, "w").close()))
         assert check(path) == []
     assert steps[1] < 4.4 * steps[0]
@@ -921,7 +921,7 @@ def require_continuation(db, possible, path):
     assert contents(path, "w") == now
     assert check(path) == []
     if len(now) < 50:
-        (path / "keydir").unlink()
+        (path / "keydir").unlink(missing_ok=True)
         assert contents(path, "r") == now
 
 
@@ -978,7 +978,7 @@ def test_finishing_that_is_killed_at_any_step_is_finished(tmp_path, machine, fro
 def test_rebuilding_that_is_killed_at_any_step_is_done_again(left, tmp_path, machine, torn):
     with active(left).open("ab") as file:
         file.write(torn)
-    (left / "keydir").unlink()
+    (left / "keydir").unlink(missing_ok=True)
     before = freeze(left)
     for step in range(1, 10**9):
         path = tmp_path / str(step)

@@ -266,7 +266,7 @@ def test_writer_whose_keydir_was_deleted_overwrites_nothing(path):
     """Finding 3: two indexes over one log, and the tail in a disposable file says where to write."""
     first = dbm_bitcask.open(path, "c")
     first.update(ITEMS)
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     second = dbm_bitcask.open(path, "w")
     second[b"second"] = b"acknowledged"
     first[b"first"] = b"acknowledged"
@@ -283,14 +283,14 @@ def test_rotation_by_a_writer_whose_keydir_was_deleted_loses_nothing(path):
     """Finding 3: and clear and rotation come upon it as well."""
     first = dbm_bitcask.open(path, "c", **TINY)
     fill(first, 8)
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     second = dbm_bitcask.open(path, "w", **TINY)
     second[b"second"] = b"acknowledged"
     fill(first, 30, turn=1)
     fill(second, 30, turn=2)
     assert dict(first) == dict(second)
     assert first[b"second"] == b"acknowledged"
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     third = dbm_bitcask.open(path, "w", **TINY)
     third[b"third"] = b"acknowledged"
     first.clear()
@@ -305,7 +305,7 @@ def test_handle_that_reads_by_a_deleted_keydir_is_not_told_of_damage_that_is_not
     with dbm_bitcask.open(path, "c", **TINY) as db:
         fill(db)
         with dbm_bitcask.open(path, "r") as reader:
-            (path / "keydir").unlink()
+            (path / "keydir").unlink(missing_ok=True)
             with dbm_bitcask.open(path, "w", **TINY) as other:
                 fill(other, turn=1)
                 other.reorganize()
@@ -353,7 +353,7 @@ def test_handle_that_slept_through_rotations_and_the_loss_of_its_keydir_sees_wha
         reader = dbm_bitcask.open(path, "r")
         key = next(iter(reader))
         fill(db, 100, turn=1)
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     with dbm_bitcask.open(path, "w", **TINY) as db:
         db[key] = b"of another index"
         assert reader[key] == b"of another index"
@@ -366,7 +366,7 @@ def test_reader_of_a_lost_keydir_sees_that_the_database_was_made_anew(path):
         fill(db, 100)
     with dbm_bitcask.open(path, "r") as reader:
         assert len(reader)
-        (path / "keydir").unlink()
+        (path / "keydir").unlink(missing_ok=True)
         with dbm_bitcask.open(path, "n") as db:
             assert len(reader) == 0
             db[b"new"] = b"1"
@@ -613,7 +613,7 @@ def test_ids_are_never_used_twice_by_a_new_database_over_an_unusable_index_eithe
     with dbm_bitcask.open(path, "c", **TINY) as db:
         fill(db)
         seen = {file.name for file in path.glob("*.data")}
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     with dbm_bitcask.open(path, "n") as db:
         fresh = {file.name for file in path.glob("*.data")}
         assert min(fresh) > max(seen)

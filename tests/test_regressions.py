@@ -129,7 +129,7 @@ def test_reader_that_found_no_keydir_sees_what_a_later_writer_does(path):
     """A reader made a keydir of its own (after a restart, or in a copy): it showed the old values for ever, and after a merge an error."""
     with dbm_bitcask.open(path, **SMALL) as db:
         fill(db, 200)
-    (path / "keydir").unlink()
+    (path / "keydir").unlink(missing_ok=True)
     with dbm_bitcask.open(path, "r") as reader:
         assert reader[b"k001"] == b"v" * 100
         with dbm_bitcask.open(path, "w", **SMALL) as db:
@@ -146,7 +146,7 @@ def test_set_through_a_handle_whose_database_was_made_anew_without_its_keydir_is
     """The keydir was deleted under a writer, and flag n made a new database: what the writer set went to a file nobody listed."""
     with dbm_bitcask.open(path) as db:
         db[b"old"] = b"1"
-        (path / "keydir").unlink()
+        (path / "keydir").unlink(missing_ok=True)
         with dbm_bitcask.open(path, "n") as new:
             db[b"acknowledged"] = b"1"
             assert dict(db) == dict(new) == {b"acknowledged": b"1"}

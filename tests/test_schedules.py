@@ -535,7 +535,7 @@ class Schedule:
                 self.compare(db)
         self.compare_and_check()
         if self.rebuilds_at_end:
-            (self.path / "keydir").unlink()
+            (self.path / "keydir").unlink(missing_ok=True)
             self.compare_and_check()
 
     def compare_and_check(self):
