@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from dbm_bitcask.engine import files, header, keydir, page, recovery, write
+from dbm_bitcask.engine import files, header, keydir, page, portable, recovery, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,6 +162,9 @@ class _System:
 def abandon(db: dbm_bitcask.Database) -> None:
     """Have the handle go away as that of a process that is killed: without a close."""
     db._store.closed = True
+    if db._log.directory.layer == "portable":  # what this process would keep in memory goes with it, and the lock
+        shared = portable._shared.pop(db._log.directory._place)
+        shared._held = None
 
 
 def freeze(path: Path) -> dict[str, bytes]:
@@ -174,7 +177,8 @@ def thaw(frozen: dict[str, bytes], path: Path) -> Path:
     path.mkdir()
     for name, data in frozen.items():
         (path / name).write_bytes(data)
-    adopt(path / "keydir")
+    if "keydir" in frozen:
+        adopt(path / "keydir")
     return path
 
 
