@@ -12,6 +12,7 @@ import pytest
 
 import damage
 import dbm_bitcask
+import native_only
 from dbm_bitcask.engine import portable
 from dbm_bitcask.engine.check import check
 
@@ -46,8 +47,10 @@ def pytest_configure(config):
         mutants.apply(config.getoption("mutant"))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
+        if config.getoption("files") == "portable" and (reason := native_only.reason_of(item.path.stem, item.name.partition("[")[0])):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if "amount" in item.fixturenames:
             item.add_marker("harness")
 

@@ -119,12 +119,12 @@ def make(path: Path, patch: pytest.MonkeyPatch, state: int = header.RESTING, ear
             fixed.setattr(module, "time", lambda: 1_700_000_000.0)
         if state == header.CLEAN:
             fixed.setattr(store, "_CLEAN_KEYS", 0)
-        db = dbm_bitcask.open(path)
+        db = dbm_bitcask.open(path, files="native")
         for part in PARTS:
             if earlier is not None and part is not PARTS[0]:
                 db.close()
                 earlier.append(freeze(path))
-                db = dbm_bitcask.open(path)
+                db = dbm_bitcask.open(path, files="native")
             part(db)
         if state == header.DIRTY:
             db._store._write_hints()

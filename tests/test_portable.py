@@ -17,6 +17,7 @@ import dbm_bitcask
 from children import fork_and_wait, run_python
 from dbm_bitcask.engine import files, header, portable
 from dbm_bitcask.engine.check import check
+from native_only import NATIVE_ONLY
 
 KEYS = {b"key %d" % number: b"value %d" % number * 5 for number in range(300)}
 SMALL = {"files": "portable", "segment_size": 4096}
@@ -395,3 +396,32 @@ def test_copy_of_a_database_is_one(path, tmp_path):
     shutil.copytree(path, tmp_path / "copy")
     assert read(tmp_path / "copy", files="portable") == KEYS
     assert check(tmp_path / "copy") == []
+
+
+def test_what_is_left_out_on_this_layer_is_there():
+    tests = Path(__file__).parent
+    gone = []
+    for name in NATIVE_ONLY:
+        module, _, test = name.partition("::")
+        text = (tests / f"{module}.py").read_text(encoding="utf-8") if (tests / f"{module}.py").exists() else ""
+        if not text or (test and f"def {test}(" not in text):
+            gone.append(name)
+    assert gone == []
+
+
+def test_files_are_opened_without_following_links_and_made_new(path, monkeypatch):
+    opened, open_file = [], os.open
+
+    def spy(name, flags, mode=0o777, *, dir_fd=None):
+        opened.append((Path(name), flags))
+        return open_file(name, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", spy)
+    fill(path)
+    read(path, files="portable")
+    flags_of = [(name.name, flags) for name, flags in opened if name.parent == path]
+    assert {name for name, _ in flags_of} >= {"MANIFEST", "00000001.data"}
+    for name, flags in flags_of:
+        assert flags & (os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK) == os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, name
+        assert bool(flags & os.O_CREAT) == bool(flags & os.O_EXCL), name
+        assert not flags & os.O_TRUNC, name
