@@ -162,7 +162,7 @@ class _System:
 def abandon(db: dbm_bitcask.Database) -> None:
     """Have the handle go away as that of a process that is killed: without a close."""
     db._store.closed = True
-    if db._log.directory.layer == "portable":  # what this process would keep in memory goes with it, and the lock
+    if not db._log.released and db._log.directory.layer == "portable":  # what this process would keep in memory goes with it, and the lock
         shared = portable._shared.pop(db._log.directory._place)
         shared._held = None
 
