@@ -183,7 +183,9 @@ def _try_lock(fd: int, *, wait: bool) -> bool:
 
 
 _shared: weakref.WeakValueDictionary[tuple[int, int], _Shared] = weakref.WeakValueDictionary()
-_mutex = threading.Lock()
+_mutex = threading.RLock()  # of a thread that forks: taken before, so that no other has it in the child
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_mutex.release)
 
 
 class Directory(files.Directory):
