@@ -155,6 +155,7 @@ class Database(MutableMapping[bytes, bytes]):
         iterkeys                 the same as iter, as with dbm.dumb
         sync, close              make durable; end the use (also as a context manager)
         merge, reorganize        give back the space of what was overwritten and deleted
+        backup                   a copy as of now, while others write
         stats                    sizes and counts
 
     Every method raises `error` when the database is closed, when it is damaged, or when the file system fails; those that change it also
@@ -358,6 +359,15 @@ class Database(MutableMapping[bytes, bytes]):
     def reorganize(self) -> None:
         """The name that the standard library has for `merge` since 3.15."""
         self.merge()
+
+    def backup(self, path: Path, progress: Callable[[int, int], object] | None = None) -> None:
+        """Make a database at `path` that is what this one is now, while others go on writing; it is durable when this returns.
+
+        Sealed files are shared by hard links where the file system has them, so that it takes little space; neither database notices.
+        Readers can make one, too. There must be nothing at `path`, or an empty directory. `progress(done, total)`, in bytes, is called now
+        and then. Raises `error`; nothing stands at `path` then. O(keys), for the index, and the bytes of what cannot be shared.
+        """
+        self._call(self._open_store().backup, os.path.abspath(os.fsdecode(path)), progress)  # noqa: PTH100  (also bytes)
 
     def stats(self) -> Stats:
         """Sizes and counts. O(segments and pages of the index)."""

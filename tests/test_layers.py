@@ -14,7 +14,7 @@ from children import run_python
 # From the top. A module imports from the rows below its own, and from nowhere else.
 ROWS = [
     {"store"},
-    {"walk", "merge", "syncer", "check", "repair"},
+    {"walk", "merge", "syncer", "check", "repair", "backup"},
     {"recovery"},
     {"write"},
     {"rotation"},

@@ -26,6 +26,7 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "['number 0', 'number 1', 'number 2', 'number 3', 'number 4', 'number 5']",
         "1 image of 1000000 bytes, shared by 100 pages",
         "23416728348467685 81 results",
+        "[b'frost', b'ice', b'snow']",
         "neige!",
     ):
         assert said in printed

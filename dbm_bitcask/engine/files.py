@@ -280,6 +280,16 @@ class Directory(Descriptor):
             source, copy = self.open(name), self.create(new, 0o600)
             copy.write(source.read(source.opened.size, 0), 0)
 
+    def link_from(self, source: Directory, name: str) -> bool:
+        """Give a file of another directory the same name here; False where the two cannot share a file."""
+        try:
+            os.link(name, name, src_dir_fd=source.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return False
+        return True
+
     def remove(self, name: str) -> None:
         """Unlink a name; nothing happens if it is gone already."""
         with contextlib.suppress(FileNotFoundError):
@@ -338,6 +348,21 @@ def _occupy_standard_streams() -> None:
 def make_directory(path: str, mode: int) -> None:
     """Create a directory; its name is durable when its parent is synced."""
     os.mkdir(path, mode)
+
+
+def rename_directory(path: str, new: str) -> None:
+    """Give a directory another path, where nothing is yet, or an empty directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.rmdir(new)  # not every system replaces it
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(path, new)
+
+
+def remove_directory(path: str) -> None:
+    """Remove an empty directory, if it is there."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def remove_empty_file(path: str) -> None:

@@ -285,6 +285,15 @@ class Directory(files.Directory):
         source, copy = self.open(name), self.create(new, 0o600)
         copy.write(source.read(source.opened.size, 0), 0)
 
+    def link_from(self, source: files.Directory, name: str) -> bool:
+        try:
+            os.link(source.where(name), self.where(name), follow_symlinks=False)
+        except FileNotFoundError:
+            raise
+        except (OSError, AttributeError, NotImplementedError):
+            return False
+        return True
+
     def remove(self, name: str) -> None:
         if self._memory.pop(name, None) is not None:
             return

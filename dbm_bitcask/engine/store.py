@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import time
 from typing import TYPE_CHECKING, TypeVar
 
-from . import contents, files, merge, names, recovery, rotation, segment, walk, write
+from . import backup, contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
 from .header import PAGE_SIZE
@@ -356,6 +356,23 @@ class Store:
         result = merge.merge(self.log, self.locked, progress)
         self.locked(_shrink_keydir)
         return result
+
+    def backup(self, path: str, progress: Callable[[int, int], object] | None = None) -> None:
+        """Make a database at `path` that is what this one is now. It has its name when it is complete, and its index, too."""
+        log = self.log
+        begun = f"{path}.{secrets.token_hex(8)}.tmp"
+        options = Options(log.mode, log.segment_size, files=log.directory.layer)
+        directory = _directory(begun, options, create=True)
+        try:
+            backup.copy_to(log, directory, log.mode, progress)
+            Store.open_writer(begun, options, None, create=False).close()
+            files.rename_directory(begun, path)
+        except BaseException:
+            for name in directory.list():
+                directory.remove(name)
+            files.remove_directory(begun)
+            raise
+        open_directory(os.path.dirname(path), options.files).sync()
 
     # Durability.
 
