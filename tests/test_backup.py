@@ -72,7 +72,7 @@ def test_merge_of_the_original_leaves_the_backup_whole(db, there):
     assert check(there) == []
 
 
-def test_sealed_segments_are_shared_and_the_active_one_is_not(db, path, there):
+def test_sealed_segments_are_shared_and_the_active_one_is_not(db, there):
     db.backup(there)
     shared = {file.name for file in there.iterdir() if file.stat().st_nlink > 1}
     sealed = {names.segment_name(entry.id) for entry in db._log.manifest.segments[:-1]}
