@@ -15,6 +15,7 @@ Somebody else may have replaced the same functions after us. What they put there
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from .database import open as open_database
 from .database import whichdb as recognize
+from .engine.store import may_be_database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,10 +84,10 @@ def registered(default: bool = False) -> Iterator[None]:
     Blocks may be nested, and overlap in several threads: databases are recognised while one of them lasts or `register` is in effect, and
     created as ours while one of those has `default`.
     """
-    with _lock:
-        _blocks.append(bool(default))
-        _settle()
     try:
+        with _lock:
+            _blocks.append(bool(default))
+            _settle()
         yield
     finally:
         with _lock:
@@ -114,8 +116,8 @@ class _Patch:
         self.dbm = dbm
         self.former_open, self.former_whichdb = dbm.open, dbm.whichdb
         self.open, self.whichdb = _make_open(dbm, dbm.open), _make_whichdb(dbm.whichdb)
+        dbm._modules.setdefault(_NAME, sys.modules[__package__])  # first: if a later version has none, nothing is replaced
         dbm.open, dbm.whichdb = self.open, self.whichdb
-        dbm._modules.setdefault(_NAME, sys.modules[__package__])
 
     def is_on(self, dbm: Any) -> bool:
         return bool(dbm.open is self.open and dbm.whichdb is self.whichdb)
@@ -132,13 +134,21 @@ def _make_open(dbm: Any, former: Any) -> Any:
     @functools.wraps(former)
     def open(file: Path, flag: Any = "r", mode: int = 0o666, **others: Any) -> Any:
         if _active and not others:  # a keyword of a later version is not for us
-            if recognize(file):
+            if recognize(file) or (dbm.whichdb(file) is None and _may_be_ours(file)):
                 return open_database(file, flag, mode)
             if _default and (("n" in flag and dbm.whichdb(file) in _NOBODYS) or ("c" in flag and dbm.whichdb(file) is None)):
                 return open_database(file, flag, mode)
         return former(file, flag, mode, **others)
 
     return open
+
+
+def _may_be_ours(file: Path) -> bool:
+    """Whether it could be a database of ours that is damaged or may not be read: our error is better than an empty one beside it."""
+    try:
+        return may_be_database(os.fsdecode(file))
+    except (TypeError, ValueError):  # no path: for the standard library to say
+        return False
 
 
 def _make_whichdb(former: Any) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 import shelve
 from collections.abc import ItemsView, Iterator, ValuesView
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .database import Database, open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
+    from typing import SupportsIndex
 
     from typing_extensions import Buffer
 
@@ -18,13 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Shelf", "open_shelf"]
 
+_MISSING: Any = object()
+
 
 class _MissingArgument(TypeError, getattr(shelve, "ShelveError", Exception)):  # type: ignore[misc]
     """One of `serializer` and `deserializer` without the other: a TypeError, and from Python 3.15 on a `shelve.ShelveError`, too."""
 
 
 class Shelf(shelve.Shelf[Any]):
-    """A `shelve.Shelf` over any mapping of bytes to bytes; made for ours, as `open_shelf` opens it.
+    """A `shelve.Shelf` over a database of ours, as `open_shelf` opens it; over another mapping it does what `shelve.Shelf` does.
 
     Keys are str, values any objects. `serializer(value, protocol)` returns the bytes of a value, as bytes, bytearray or str, and
     `deserializer(data)` makes the value of the bytes again; both or neither are given. Without them values are pickled: whoever can write
@@ -32,6 +36,7 @@ class Shelf(shelve.Shelf[Any]):
 
     A walk over all values reads the database once, in the order of its log. `protocol`, `writeback` and `keyencoding` are those of
     `shelve.Shelf`, and so is what happens with `writeback`: each value that was read is kept in memory, and written by `sync` and `close`.
+    A `sync` that fails can be called again. What a subclass does in `__getitem__` is not asked by `get`, `items`, `values` and `pop`.
     """
 
     dict: Database  # whatever else it was made over
@@ -65,53 +70,132 @@ class Shelf(shelve.Shelf[Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Set a key. TypeError if the serializer returns neither a bytes-like object nor a str; nothing has changed then."""
-        data = self.serializer(value, self._protocol)
-        self.dict[key.encode(self.keyencoding)] = data
+        self.dict[key.encode(self.keyencoding)] = self._dumped(value)
         if self.writeback:
             self.cache[key] = value
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default` if it is not there: one look into the database."""
+        if not self._ours:
+            return super().get(key, default)
         if key in self.cache:
             return self.cache[key]
         data = self.dict.get(key.encode(self.keyencoding))
         return default if data is None else self._loaded(key, data)
 
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """The value of a key, which is set to `default` if it is not there; nobody else's value is overwritten."""
+        if not self._ours:
+            return super().setdefault(key, default)
+        if key in self:
+            with suppress(KeyError):  # deleted meanwhile
+                return self[key]
+        data = self._dumped(default)
+        found = self.dict.setdefault(key.encode(self.keyencoding), data)
+        if found != data:
+            return self._loaded(key, found)
+        if self.writeback:
+            self.cache[key] = default
+        return default
+
+    def pop(self, key: str, default: Any = _MISSING) -> Any:
+        """Delete a key and return its value; `default`, or a KeyError, if it is not there. What cannot be deserialized stays."""
+        if not self._ours:
+            return super().pop(key) if default is _MISSING else super().pop(key, default)
+        stored = key.encode(self.keyencoding)
+        data = self.dict.pop(stored, None)
+        if data is None:
+            self.cache.pop(key, None)
+            if default is _MISSING:
+                raise KeyError(key)
+            return default
+        return self._taken(key, stored, data)
+
     def __iter__(self) -> Iterator[str]:
         """The keys, without a list of them."""
-        return (key.decode(self.keyencoding) for key in self.dict)
+        keys = self.dict if self._ours else self.dict.keys()
+        return (key.decode(self.keyencoding) for key in keys)
 
     def items(self) -> ItemsView[str, Any]:
         """A view of the keys with their values."""
-        return _Items(self)
+        return _Items(self) if self._ours else super().items()
 
     def values(self) -> ValuesView[Any]:
         """A view of the values."""
-        return _Values(self)
+        return _Values(self) if self._ours else super().values()
 
     def popitem(self) -> tuple[str, Any]:
         """Delete some key and return it with its value; KeyError if there is none. What cannot be deserialized stays."""
+        if not self._ours:
+            return super().popitem()
         stored, data = self.dict.popitem()
+        key = stored.decode(self.keyencoding, "replace")
+        return key, self._taken(key, stored, data)
+
+    def _taken(self, key: str, stored: bytes, data: bytes) -> Any:
+        """The value of an entry that was deleted; if it cannot be read, the entry is put back."""
         try:
-            key = stored.decode(self.keyencoding)
+            stored.decode(self.keyencoding)
             value = self.cache[key] if key in self.cache else self.deserializer(data)
         except BaseException:
             self.dict.setdefault(stored, data)
             raise
         self.cache.pop(key, None)
-        return key, value
+        return value
 
     def clear(self) -> None:
         """Delete every key. O(1)."""
-        self.dict.clear()
-        self.cache.clear()
+        if self._ours:
+            self.dict.clear()
+            self.cache.clear()
+        else:
+            super().clear()
+
+    def sync(self) -> None:
+        """Write what `writeback` keeps, and make everything durable. If it fails, a later call tries all of it again."""
+        writeback = self.writeback
+        try:
+            super().sync()
+        finally:
+            self.writeback = writeback  # which the standard library forgets then
+
+    def close(self) -> None:
+        """`sync`, and close the database, also if that fails. A second call does nothing."""
+        ours, database = self._ours, self.dict
+        try:
+            super().close()
+        finally:
+            self.cache = {}
+            if ours:
+                database.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle as a shelf over the database, opened again. TypeError with `writeback`: two would overwrite what the other has kept."""
+        if self.writeback:
+            raise TypeError("a shelf with writeback cannot be copied or pickled: open it a second time")
+        return super().__reduce_ex__(protocol)
 
     def reorganize(self) -> None:
         """Write what `writeback` keeps, make it durable, and give back the space of what was overwritten and deleted."""
+        len(self.dict)  # a ValueError if the shelf is closed
         self.sync()
         reorganize = getattr(self.dict, "reorganize", None)
         if reorganize is not None:
             reorganize()
+
+    @property
+    def _ours(self) -> bool:
+        """Whether there is more to be had than a mapping promises."""
+        return isinstance(self.dict, Database)
+
+    def _dumped(self, value: Any) -> bytes:
+        data = self.serializer(value, self._protocol)
+        if isinstance(data, str):
+            return data.encode()
+        try:
+            return data if type(data) is bytes else memoryview(data).tobytes()
+        except TypeError:
+            raise TypeError(f"values must be bytes or strings, and the serializer returned {type(data).__name__}") from None
 
     def _loaded(self, key: str, data: bytes) -> Any:
         value = self.deserializer(data)

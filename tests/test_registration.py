@@ -390,3 +390,50 @@ def test_forty_shelves_of_the_standard_library_are_open_at_once(tmp_path):
         for shelf in shelves:
             assert isinstance(shelf.dict, dbm_bitcask.Database)
             shelf.close()
+
+
+def lose_manifest(path):
+    (path / "MANIFEST").rename(path.parent / "lost")
+
+
+def damage_marker(path):
+    (path / "MANIFEST").write_bytes(b"x" + (path / "MANIFEST").read_bytes()[1:])
+
+
+@pytest.mark.parametrize("flag", ["r", "w", "c", "n"])
+@either_default
+@pytest.mark.parametrize("damage", [lose_manifest, damage_marker])
+def test_damaged_database_of_ours_is_an_error_and_none_is_begun_beside_it(tmp_path, default, damage, flag):
+    path = tmp_path / "precious"
+    with dbm_bitcask.open_shelf(path) as shelf:
+        shelf["key"] = 1
+    damage(path)
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    with dbm_bitcask.registered(default), pytest.raises(dbm_bitcask.CorruptionError):
+        dbm.open(str(path), flag)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before
+
+
+@either_default
+def test_directory_that_cannot_be_looked_into_is_an_error_and_none_is_begun_beside_it(ours, default, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", str(ours))
+
+    with dbm_bitcask.registered(default):
+        monkeypatch.setattr("dbm_bitcask.engine.store.open_directory", refuse)
+        for flag in "rwc":
+            with pytest.raises(dbm_bitcask.error, match="Permission denied"):
+                dbm.open(str(ours), flag)
+    assert [entry.name for entry in ours.parent.iterdir()] == [ours.name]
+    monkeypatch.undo()
+
+
+def test_dbm_that_cannot_be_patched_is_left_as_it_was(monkeypatch):
+    modules = dbm._modules
+    monkeypatch.delattr(dbm, "_modules")
+    for action in (dbm_bitcask.register, lambda: dbm_bitcask.registered().__enter__()):
+        with pytest.raises(AttributeError):
+            action()
+        assert (dbm.open, dbm.whichdb) == ORIGINAL
+    dbm._modules = modules
+    dbm_bitcask.unregister()

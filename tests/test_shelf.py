@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import datetime
 import decimal
 import hashlib
@@ -593,3 +594,139 @@ def test_big_objects_stay_in_the_database_and_are_read_once_each(path):
         assert db.stats().live_bytes < 150_000
         item = Unpickler(io.BytesIO(db["item 7"])).load()
         assert (item["number"], item["blob"].data) == (7, blob.data)
+
+
+# What fails, and what comes after it.
+
+
+def test_sync_that_failed_can_be_called_again(path):
+    with dbm_bitcask.open_shelf(path, writeback=True) as shelf:
+        shelf["a"], shelf["b"] = [1], [1]
+        shelf["a"].append(lambda: 0)  # which nothing can pickle
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            shelf.sync()
+        shelf["a"].pop()
+        shelf["b"].append(2)
+        shelf.sync()
+        with dbm_bitcask.open_shelf(path, "r") as reader:
+            assert dict(reader) == {"a": [1], "b": [1, 2]}
+        shelf["b"].append(3)
+    with dbm_bitcask.open_shelf(path, "r") as reader:
+        assert dict(reader) == {"a": [1], "b": [1, 2, 3]}
+
+
+def test_close_whose_sync_fails_closes_the_database_and_goes_quietly(path):
+    shelf = dbm_bitcask.open_shelf(path, writeback=True)
+    database = shelf.dict
+    shelf["a"] = [1]
+    shelf["a"].append(lambda: 0)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        shelf.close()
+    with pytest.raises(dbm_bitcask.error):
+        database["a"]
+    shelf.close()
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+def test_pop_and_setdefault_are_one_step(path, writeback):
+    """What somebody else does while a value is read is not lost, and no KeyError where there is a default."""
+    other = dbm_bitcask.open_shelf(path)
+
+    def load(data):
+        other.pop("key", None)
+        return pickle.loads(data)
+
+    with other, dbm_bitcask.open_shelf(path, writeback=writeback, serializer=pickle.dumps, deserializer=load) as shelf:
+        other["key"] = 1
+        assert shelf.pop("key", "default") == 1
+        assert shelf.pop("key", "default") == "default"
+        with pytest.raises(KeyError):
+            shelf.pop("key")
+
+    def dump(value, protocol):
+        other["key"] = "first"
+        return pickle.dumps(value, protocol)
+
+    with (
+        dbm_bitcask.open_shelf(path) as other,
+        dbm_bitcask.open_shelf(path, writeback=writeback, serializer=dump, deserializer=pickle.loads) as shelf,
+    ):
+        assert shelf.setdefault("key", "second") == "first" == other["key"]
+        del shelf["key"]
+        assert shelf.setdefault("key", "second") == "first"
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+def test_setdefault_keeps_what_it_sets(path, writeback):
+    with dbm_bitcask.open_shelf(path, writeback=writeback) as shelf:
+        numbers = shelf.setdefault("key", [1])
+        numbers.append(2)
+        assert shelf["key"] == ([1, 2] if writeback else [1])
+        assert shelf.setdefault("key", []) == shelf["key"]
+
+
+def test_value_that_cannot_be_read_is_not_lost_by_pop(path):
+    with dbm_bitcask.open_shelf(path) as shelf:
+        shelf.dict["key"] = b"no pickle"
+        with pytest.raises(pickle.UnpicklingError):
+            shelf.pop("key", None)
+        assert shelf.dict["key"] == b"no pickle"
+
+
+class Plain:
+    """A mapping with the methods that `dbm.gnu` has, and no others."""
+
+    def __init__(self):
+        self._items = {}
+
+    def __getitem__(self, key):
+        return self._items[key]
+
+    def __setitem__(self, key, value):
+        self._items[key] = value
+
+    def __delitem__(self, key):
+        del self._items[key]
+
+    def __contains__(self, key):
+        return key in self._items
+
+    def __len__(self):
+        return len(self._items)
+
+    def keys(self):
+        return list(self._items)
+
+
+def test_over_another_mapping_it_does_what_a_shelf_does():
+    with dbm_bitcask.Shelf(Plain()) as shelf:
+        shelf.update({"a": 1, "b": 2, "c": 3, "d": 4})
+        assert (shelf.get("a"), shelf.get("x", 0), shelf.setdefault("a", 5), shelf.setdefault("e", 5)) == (1, 0, 1, 5)
+        assert sorted(shelf) == ["a", "b", "c", "d", "e"]
+        assert sorted(shelf.items()) == [("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5)]
+        assert sorted(shelf.values()) == [1, 2, 3, 4, 5]
+        assert (shelf.pop("a"), shelf.pop("a", 0)) == (1, 0)
+        assert len([shelf.popitem()]) == 1
+        for key in shelf:
+            del shelf[key]
+        shelf["f"] = 6
+        shelf.clear()
+        assert len(shelf) == 0
+
+
+def test_serializer_that_returns_nothing_is_a_type_error_over_any_mapping():
+    with dbm_bitcask.Shelf({}, serializer=lambda _value, _protocol: None, deserializer=pickle.loads) as shelf:
+        with pytest.raises(TypeError, match="NoneType"):
+            shelf["key"] = 1
+        assert "key" not in shelf
+
+
+def test_shelf_that_keeps_values_is_neither_copied_nor_pickled(path):
+    with dbm_bitcask.open_shelf(path, writeback=True) as shelf:
+        for copied in (copy.copy, pickle.dumps):
+            with pytest.raises(TypeError, match="writeback"):
+                copied(shelf)
+    with dbm_bitcask.open_shelf(path) as shelf:
+        shelf["key"] = 1
+        with pickle.loads(pickle.dumps(shelf)) as other:
+            assert other["key"] == 1

@@ -350,6 +350,11 @@ def make_directory(path: str, mode: int) -> None:
     os.mkdir(path, mode)
 
 
+def is_directory(path: str) -> bool:
+    """Whether a directory is there, as far as one may know."""
+    return os.path.isdir(path)
+
+
 def rename_directory(path: str, new: str) -> None:
     """Give a directory another path, where nothing is yet, or an empty directory."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .files import Directory, File
 
-__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database"]
+__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database", "may_be_database"]
 
 Result = TypeVar("Result")
 
@@ -42,6 +42,18 @@ _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew 
 MINIMUM_SEGMENT = 4096
 MAXIMUM_SEGMENT = 2**32 - 1
 SIZE_LIMIT = LIMIT - segment.FIRST_RECORD - record_length(EXPIRES, 0, 0) - ALIGNMENT  # of key and value together, in bytes
+
+
+def may_be_database(path: str) -> bool:
+    """Whether there is a directory that only an attempt to open it can tell from a database: it holds our segments, or cannot be read."""
+    try:
+        return any(names.parse_segment(name) for name in open_directory(path).list())
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return files.is_directory(path)
 
 
 @dataclass(frozen=True, slots=True)
