@@ -112,6 +112,7 @@ def write_hint(directory: Directory, buffer: Buffer, entry: Entry, mode: int) ->
     file = directory.create(temporary, mode)
     try:
         _fill(file, HintWriter(entry), reading.keys())
+        del file  # Windows renames and unlinks nothing that is open
         if not reading.damage:
             directory.replace(temporary, name)
             return

@@ -44,9 +44,13 @@ __all__ = [
     "boot_id",
     "fence",
     "is_alive",
+    "is_directory",
+    "is_remote",
     "make_directory",
     "maps_at_a_time",
+    "remove_directory",
     "remove_empty_file",
+    "rename_directory",
     "temporary_file",
 ]
 
@@ -96,7 +100,7 @@ class Descriptor:
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd  # first: whatever interrupts from here on, the descriptor goes with the object
         self.name = name
-        if fd < 3 and NATIVE:  # a print() of a program that closed its stdout must not land in a segment
+        if fd < 3 and fcntl is not None:  # a print() of a program that closed its stdout must not land in a segment
             self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
             os.close(fd)
             _occupy_standard_streams()
@@ -298,6 +302,16 @@ class Directory(Descriptor):
     def list(self) -> list[str]:
         return os.listdir(self.fd)
 
+    def begin(self) -> None:
+        """A handle is open here."""
+
+    def end(self) -> None:
+        """It is closed."""
+
+    def is_in_place(self) -> bool:
+        """Whether what is found by this object is still what was opened."""
+        return True
+
     def temporary_file(self) -> File:
         """An unlinked file outside the database, gone with the last reference."""
         return temporary_file()
@@ -343,6 +357,11 @@ def _occupy_standard_streams() -> None:
             fcntl.fcntl(fd, fcntl.F_GETFD)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def is_remote(device: int) -> bool:
+    """Whether other machines may see the file system."""
+    return _remote_kind(device) is not None
 
 
 def make_directory(path: str, mode: int) -> None:

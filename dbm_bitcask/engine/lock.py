@@ -44,9 +44,10 @@ class WriterLock:
         self.mutex = threading.RLock()
         self.busy = False
         self.pid = _pid
-        self._bind(directory)
+        self.bind(directory)
 
-    def _bind(self, directory: Directory) -> None:
+    def bind(self, directory: Directory) -> None:
+        """Lock by this directory from now on."""
         self.directory = directory
         self.acquire: Callable[[], object] = directory.lock if not self.alone else _nothing
         self.try_acquire: Callable[[], object] = directory.try_lock if not self.alone else lambda: True
@@ -118,7 +119,7 @@ class WriterLock:
         except OSError as failure:
             reason = f"this process was forked, and cannot open a lock of its own: {failure.strerror}"
             raise error(failure.errno, reason, self.directory.name) from failure
-        self._bind(self.directory)
+        self.bind(self.directory)
         return getattr(self, how)()
 
 
@@ -136,12 +137,15 @@ def lock_of(directory: Directory, *, alone: bool = False) -> WriterLock:
     key = identity.device, identity.inode, alone
     with _registry_mutex:
         lock = _locks.get(key)
+        for other in (lock, _locks.get((*key[:2], not alone))):
+            if other is not None and other.directory.layer != directory.layer:
+                reason = f'this process has it open with files="{other.directory.layer}", and the two do not see each other\'s changes'
+                raise error(errno.EBUSY, reason, directory.name)
         if lock is None:
             lock = _locks[key] = WriterLock(directory, alone=alone)
-    if lock.directory.layer != directory.layer:
-        reason = f'this process has it open with files="{lock.directory.layer}", and the two do not see each other\'s changes'
-        raise error(errno.EBUSY, reason, directory.name)
-    return lock
+        elif not lock.directory.is_in_place():
+            lock.bind(directory)
+        return lock
 
 
 class Renewed(Protocol):

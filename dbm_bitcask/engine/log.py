@@ -5,6 +5,7 @@ Nothing here takes the lock. Reading is right without it; `write`, `rotation` an
 
 from __future__ import annotations
 
+import os
 import threading
 from time import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
@@ -99,8 +100,9 @@ class Log:
         self.manifest: Manifest = manifest.Manifest(0, 1, ())
         self.entries: dict[int, Entry] = {}
         self.segments: dict[int, tuple[Map, int]] = {}  # what is mapped, with its salt
-        self.opened: dict[int, File] = {}  # of those that cannot be mapped
+        self.opened: dict[int, tuple[File, int]] = {}  # of those that cannot be mapped
         self.can_map = directory.can_map
+        self._pid = os.getpid()
         self.released = False
         self.rows: dict[int, int] = {}
         self.epoch = self.generation = 0
@@ -110,15 +112,18 @@ class Log:
         self.beside: tuple[Identity | None, ...] | None = None  # `seen_beside` when an own keydir was built
         self.passed_over: File | None = None  # the keydir that was not trusted: kept open, so that no other one gets its inode
         self.recover: Callable[..., None] = self._cannot_recover
-        self._refreshing = threading.RLock()
+        self._refreshing = self.recovering = threading.RLock()
+        self.renew_after_fork()
         renew_after_fork(self)
         self.maps = directory.maps_at_a_time()
+        directory.begin()
 
     def renew_after_fork(self) -> None:
-        """Another thread of the parent may have been in `refresh`."""
-        self._refreshing = threading.RLock()
-        if not self.can_map and not self.released:
+        """Another thread of the parent may have been in `refresh`, or in a recovery."""
+        self._refreshing, self.recovering = threading.RLock(), threading.RLock()
+        if self._pid != (pid := os.getpid()) and not self.can_map and not self.released:
             self.release(_FORKED)
+        self._pid = pid
 
     # What exists.
 
@@ -130,8 +135,9 @@ class Log:
         entries = {entry.id: entry for entry in fresh.segments}
         active = segment.open_segment(self.directory, fresh.active, write=self.write)
         growing = before.active.id if before.segments else 0
-        kept = {number: held for number, held in list(self.segments.items()) if number in entries and number != growing}
-        opened = {number: file for number, file in list(self.opened.items()) if number in entries and number != growing}
+        salts = {entry.id: entry.salt for entry in fresh.segments if entry.id != growing}  # an id may be another database's by now
+        kept = {number: held for number, held in list(self.segments.items()) if held[1] == salts.get(number)}
+        opened = {number: held for number, held in list(self.opened.items()) if held[1] == salts.get(number)}
         salt = fresh.active.salt
         held, generation = (entries, fresh.active, active), segment.map_generation(active)
         # Nothing is called from here on: a signal must not find half of it done.
@@ -220,6 +226,8 @@ class Log:
 
     def release(self, reason: str = CLOSED) -> None:
         """Let go of every file and map; whoever reads at this moment in another thread keeps what it holds."""
+        if not self.released:
+            self.directory.end()
         self.released = True
         self.segments, self.opened = {}, {}
         closed = _Released(reason)
@@ -282,12 +290,15 @@ class Log:
 
     def _open(self, entry: Entry) -> File:
         """A segment that is read and not mapped."""
-        file = self.opened.get(entry.id)
-        if file is None:
-            file = self._open_or_gone(entry)
-            while len(self.opened) >= _FILES:
-                self.opened.pop(next(iter(self.opened)), None)
-            self.opened[entry.id] = file
+        held = self.opened.get(entry.id)
+        if held is not None and held[1] == entry.salt:
+            return held[0]
+        file = self._open_or_gone(entry)
+        with self._refreshing:
+            opened = self.opened
+            while len(opened) >= _FILES:
+                del opened[next(iter(opened))]
+            opened[entry.id] = file, entry.salt
         return file
 
     def _open_or_gone(self, entry: Entry) -> File:
@@ -304,7 +315,7 @@ class Log:
             segments = self.segments  # a rotation may put another one in its place
             while len(segments) >= self.maps:
                 del segments[next(iter(segments))]
-            if self.entries.get(entry.id) is entry:
+            if self.entries.get(entry.id) == entry:
                 segments[entry.id] = buffer, entry.salt
         return buffer
 
@@ -412,6 +423,9 @@ class Log:
 
     def require_change(self, epoch: int, gone: Gone) -> None:
         """A listed segment is missing: somebody has just merged it away, or it is lost."""
+        if self.beside is not None and self.beside != self.seen_beside():
+            self.recover(damaged=False)
+            return
         if not self.is_named():
             self.recover(damaged=False)
             return

@@ -22,6 +22,7 @@ import stat
 import sys
 import threading
 import weakref
+from array import array
 from contextlib import suppress
 from time import sleep
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ with suppress(ImportError):
     import msvcrt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .files import Map
 
 __all__ = ["AUTO", "Directory", "File", "Memory", "open_directory"]
@@ -86,7 +89,7 @@ class File(files.File):
         self.sync()
 
     def map(self, length: int, *, write: bool = False) -> bytes:  # noqa: ARG002  (only a keydir is written by a map)
-        return self.read(length, 0)
+        return self.read(length, 0).ljust(length, b"\0")  # as the last page of a map
 
     def map_without_descriptor(self, length: int) -> bytes:
         return self.map(length)
@@ -145,38 +148,57 @@ class Memory(files.File):
 class _Shared:
     """What the handles of this process on one directory share: its keydir, and the lock, which they hold until the last of them goes."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self.pid = os.getpid()
         self.memory: dict[str, Memory] = {}
-        self._held: files.Descriptor | None = None
+        self.handles = 0  # that are open
+        self._held: list[files.Descriptor] = []
 
-    def lock(self, *, wait: bool) -> bool:
-        if self._held is None:
-            held = self._open_lock()
-            while held is not None and not _try_lock(held.fd, wait=wait):
-                if not wait:
-                    return False
-                sleep(_POLL)
-            self._held = held
+    def lock(self, path: str, device: int, *, wait: bool) -> bool:
+        if not self._held:
+            held = list(_locks(path, device))
+            for descriptor, lock in held:
+                while not _try_lock(lock, descriptor.fd):
+                    if not wait:
+                        return False
+                    sleep(_POLL)
+            self._held = [descriptor for descriptor, _ in held]
         return True
 
-    def _open_lock(self) -> files.Descriptor | None:
-        """What to lock: the directory itself, so that the native layer and this one keep each other out; on Windows a file in it."""
-        if fcntl is not None:
-            return files.Descriptor(os.open(self.path, os.O_RDONLY | _CLOEXEC), self.path)
-        present = os.listdir(self.path)
-        if msvcrt is None or (present and names.MANIFEST not in present and names.LOCK not in present):
-            return None  # a foreign directory: nothing is made in it
-        return files.Descriptor(os.open(os.path.join(self.path, names.LOCK), os.O_RDWR | os.O_CREAT | _OPEN, 0o666), self.path)
+    def closed(self) -> None:
+        """A handle is closed; with the last one goes the lock, at once and not when its object goes."""
+        self.handles -= 1
+        if not self.handles:
+            self.memory.clear()
+            for descriptor in self._held:
+                descriptor.__del__()
+                del descriptor.fd
+            self._held = []
 
 
-def _try_lock(fd: int, *, wait: bool) -> bool:
+def _locks(path: str, device: int) -> Iterator[tuple[files.Descriptor, str]]:
+    """What to lock, and how: the directory itself, so that the native layer and this one keep each other out.
+
+    That is for one machine. On Windows, and where other machines see the file system, it is a file in the directory, too.
+    """
+    if fcntl is not None:
+        yield files.Descriptor(os.open(path, os.O_RDONLY | _CLOEXEC), path), "flock"
+        if not files.is_remote(device):
+            return
+    present = os.listdir(path)
+    if present and names.MANIFEST not in present and names.LOCK not in present:
+        return  # a foreign directory: nothing is made in it
+    how = "lockf" if fcntl is not None else "locking"
+    yield files.Descriptor(os.open(os.path.join(path, names.LOCK), os.O_RDWR | os.O_CREAT | _OPEN, 0o666), path), how
+
+
+def _try_lock(how: str, fd: int) -> bool:
     try:
-        if fcntl is not None:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if how == "locking":
+            if msvcrt is not None:
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            getattr(fcntl, how)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True
@@ -185,7 +207,16 @@ def _try_lock(fd: int, *, wait: bool) -> bool:
 _shared: weakref.WeakValueDictionary[tuple[int, int], _Shared] = weakref.WeakValueDictionary()
 _mutex = threading.RLock()  # of a thread that forks: taken before, so that no other has it in the child
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_mutex.release)
+    os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=lambda: _leave_to_parent())
+
+
+def _leave_to_parent() -> None:
+    """In a child: the locks are the parent's, and must go with it."""
+    for shared in list(_shared.values()):
+        if shared.pid != os.getpid():
+            shared.handles = 1
+            shared.closed()
+    _mutex.release()
 
 
 class Directory(files.Directory):
@@ -207,7 +238,7 @@ class Directory(files.Directory):
         with _mutex:
             shared = _shared.get(self._place)
             if shared is None or shared.pid != os.getpid():
-                shared = _shared[self._place] = _Shared(self.name)
+                shared = _shared[self._place] = _Shared()
         self._shared = shared
         self._memory = shared.memory
 
@@ -221,18 +252,33 @@ class Directory(files.Directory):
 
     def lock(self) -> None:
         self._require_place()
-        self._shared.lock(wait=True)
+        self._shared.lock(self.name, self._place[0], wait=True)
 
     def unlock(self) -> None:
         """It stays locked until the last handle is closed: nobody else sees the keydir."""
 
     def try_lock(self) -> bool:
         self._require_place()
-        return self._shared.lock(wait=False)
+        return self._shared.lock(self.name, self._place[0], wait=False)
+
+    def begin(self) -> None:
+        with _mutex:
+            self._shared.handles += 1
+
+    def end(self) -> None:
+        with _mutex:
+            if self._shared.pid == os.getpid():
+                self._shared.closed()
+
+    def is_in_place(self) -> bool:
+        try:
+            return self.identity()[:2] == self._place
+        except OSError:
+            return False
 
     def _require_place(self) -> None:
         """Files are found by path: another database must not be written to that has taken it."""
-        if self.identity()[:2] != self._place:
+        if not self.is_in_place():
             raise error(errno.ESTALE, "another directory has taken the place of this database; nothing was written", self.name)
 
     def open(self, name: str, *, write: bool = False) -> files.File:
@@ -249,11 +295,21 @@ class Directory(files.Directory):
 
     def create(self, name: str, mode: int) -> files.File:
         if _is_keydir(name):
-            if self._is_native_keydir():  # which will know nothing of what is written here
-                os.unlink(self.where(names.KEYDIR))
+            self._leave_native_keydir()
             self._memory[name] = Memory(self.where(name))
             return self._memory[name]
         return File(os.open(self.where(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode), self.where(name))
+
+    def _leave_native_keydir(self) -> None:
+        """Delete the keydir that knows nothing of what is written here, and tell those who have it mapped."""
+        if not self._is_native_keydir():
+            return
+        file = self._open(names.KEYDIR, write=True)
+        words = array("Q", file.read(8 * (header.INODE + 1), 0)) if file.size() > header.PAGE_SIZE else array("Q")
+        if words and words[header.INODE] == file.opened.inode:  # else it is a copy, or a backup's, too
+            file.write(array("Q", [words[header.EPOCH] + 1]).tobytes(), 8 * header.EPOCH)
+            file.write(array("Q", [header.MOVED]).tobytes(), 8 * header.STATE)
+        os.unlink(self.where(names.KEYDIR))
 
     def _is_native_keydir(self) -> bool:
         """Whether there is a file `keydir` that the native layer made, or began to make."""

@@ -37,7 +37,7 @@ from .keydir import Keydir, map_words
 from .log import Log, read_manifest
 from .manifest import Entry
 from .page import key_hash, probe
-from .record import MARK, SEAL, TOMBSTONE
+from .record import MARK, SEAL, SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +55,7 @@ __all__ = [
     "open_private_keydir",
     "ready",
     "rebuild",
+    "renew_what_is_in_doubt",
     "require_sound",
     "take_keydir",
 ]
@@ -262,13 +263,14 @@ def open_private_keydir(log: Log, named: File | None) -> None:
     while True:
         log.adopt(read_manifest(log.directory))
         log.passed_over = named
-        log.beside = named.opened if named else None, *log.seen_beside()[1:]  # one that came since is to be looked at
+        seen = named.opened if named else None, *log.seen_beside()[1:]  # one that came since is to be looked at
         if read_manifest(log.directory).checksum == log.manifest.checksum:  # else what was seen is not what belongs to this manifest
             break
     end = _end_of_active(log)
     keydir = _build(log, log.directory.temporary_file(), end)
     _bind(log, keydir, end)
     log.keydir = keydir
+    log.beside = seen  # last: other threads must not take the old one for what was seen
     log.refresh()
 
 
@@ -354,6 +356,19 @@ def heal(log: Log) -> None:
         if not reading.damage:
             rotation.relist(log, left.id, (left._replace(length=start),) if start > segment.FIRST_RECORD else ())
     rebuild(log)
+
+
+def renew_what_is_in_doubt(log: Log) -> None:
+    """Write again what no later record calls synced: where no keydir remembers whether a sync of it has failed. O(bytes of the segment)."""
+    active, tail = log.manifest.active, log.keydir.counter(at.TAIL)
+    synced, doubtful = segment.FIRST_RECORD, False
+    for offset, found in contents.Reading(segment.map_segment(log.active, tail & MASK32), active, tail & MASK32).records():
+        if found.flags & SYNCED:
+            synced, doubtful = offset, False
+        doubtful = doubtful or not found.flags & contents.OVERHEAD
+    if doubtful:
+        log.keydir.words[at.SYNCED_TO] = active.id << 32 | synced
+        heal(log)
 
 
 def _leave_torn_segment(log: Log, keydir: Keydir, end: int) -> int:

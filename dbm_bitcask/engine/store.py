@@ -102,14 +102,8 @@ class Store:
     @classmethod
     def open_reader(cls, path: str, options: Options) -> Store:
         """Open for reading only: no lock is taken and no byte is written."""
-        log = Log(_directory(path, options))
-        store = cls(log)
-        try:
-            store._find_keydir()
-        except NotFoundError:
-            _refuse_lost_manifest(log.directory, log.directory.list())
-            raise
-        return store
+        store = cls(Log(_directory(path, options)))
+        return store._begin(store._open_to_read)
 
     @classmethod
     def open_writer(cls, path: str, options: Options, sync: float | None, *, create: bool) -> Store:
@@ -119,9 +113,7 @@ class Store:
         """
         directory = _directory(path, options, create=create)
         store = cls(Log(directory, options, write=True), sync)
-        store._under_lock(store._open, create)
-        store.syncer.start()
-        return store
+        return store._begin(lambda: store._under_lock(store._open, create))
 
     @classmethod
     def open_new(cls, path: str, options: Options, sync: float | None) -> Store:
@@ -129,9 +121,23 @@ class Store:
         files.remove_empty_file(path)
         directory = _directory(path, options, create=True)
         store = cls(Log(directory, options, write=True), sync)
-        store._under_lock(store._replace)
-        store.syncer.start()
-        return store
+        return store._begin(lambda: store._under_lock(store._replace))
+
+    def _begin(self, opening: Callable[[], object]) -> Store:
+        try:
+            opening()
+            self.syncer.start()
+        except BaseException:
+            self._release()  # at once, and not when a collection finds it: others wait for the lock of the portable layer
+            raise
+        return self
+
+    def _open_to_read(self) -> None:
+        try:
+            self._find_keydir()
+        except NotFoundError:
+            _refuse_lost_manifest(self.log.directory, self.log.directory.list())
+            raise
 
     def _open(self, log: Log, create: bool) -> None:
         present = log.directory.list()
@@ -147,6 +153,8 @@ class Store:
         _refuse_other_lineage(log.directory, log.manifest, present)
         if not recovery.take_keydir(log):
             recovery.rebuild(log)
+            if not log.can_map:
+                recovery.renew_what_is_in_doubt(log)
         rotation.sweep(log.directory, log.manifest, present)
         try:
             self._make_whole(log)
@@ -219,12 +227,15 @@ class Store:
 
     def _recover(self, *, damaged: bool) -> None:
         """The keydir was found damaged, or replaced, while it was mapped."""
-        if self.log.write:
+        log = self.log
+        if log.write:
             self._under_lock(_recover_keydir)
-        elif damaged:
-            recovery.open_private_keydir(self.log, _named_keydir(self.log))
-        else:
-            self._find_keydir()
+            return
+        with log.recovering:  # two threads that build an own index would leave the older one
+            if damaged:
+                recovery.open_private_keydir(log, _named_keydir(log))
+            elif log.beside is None or log.beside != log.seen_beside():
+                self._find_keydir()
 
     # The lock.
 
@@ -515,7 +526,8 @@ def _is_ours(directory: Directory, name: str) -> bool:
         # A crash may have left anything in the place of a header; and more than that is not there without a record.
         return file.opened.size <= segment.FIRST_RECORD or file.read(len(segment.MARKER), 0) == segment.MARKER
     if name == names.LOCK:
-        return directory.open(name).opened.size == 0
+        status = directory.identity_of(name)  # not opened: closing it would drop a lock on it
+        return status is not None and status.size == 0
     return name == names.KEYDIR and directory.open(name).read(8, 0) in (at.MAGIC_WORD.to_bytes(8, "little"), b"", bytes(8))
 
 

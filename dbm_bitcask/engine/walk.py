@@ -16,12 +16,14 @@ error, as it does where a record is damaged whose key the slot knows.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
 from . import contents, record, segment
 from . import header as at
+from .errors import error
 from .header import BASE, MASK32
 from .log import Gone
 from .page import Damaged, locations
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["walk"]
 
 _SKIPPED = contents.OVERHEAD | TOMBSTONE
+_FILES = 64  # that a walk keeps open where they cannot be mapped
+_BLOCK = 2**16  # bytes that are read first where they cannot be mapped: whoever wants one key needs no more
 
 
 def walk(log: Log, start: int = 0, *, hold: bool = True) -> Iterator[tuple[bytes, int]]:
@@ -60,6 +64,9 @@ def walk(log: Log, start: int = 0, *, hold: bool = True) -> Iterator[tuple[bytes
             held.open()
         except Gone as gone:
             log.require_change(epoch, gone)
+            if hold:
+                reason = "was merged away while more segments were iterated than there may be open files; begin again"
+                raise error(f"{gone} {reason}") from None
             return
         first = start & MASK32 if start >> 32 == held.entry.id else segment.FIRST_RECORD
         yield from _walk_segment(log, held, first, tail, moved)
@@ -82,7 +89,8 @@ def _hold(log: Log, start: int, *, hold: bool) -> tuple[int, list[Held]]:
                 if start >> 32 <= entry.id <= tail >> 32
             ]
             for number, segment_held in enumerate(held if hold else ()):
-                segment_held.open(one_of_many=number >= log.maps)
+                if log.can_map or number < _FILES:
+                    segment_held.open(one_of_many=number >= log.maps)
         except Gone as gone:
             log.require_change(epoch, gone)
             continue
@@ -200,7 +208,19 @@ class Held:
         hint = contents.mapped_hint(self._directory, self.entry) if first == segment.FIRST_RECORD else None
         return self._raw_keys(first) if hint is None else contents.hinted_keys(hint)
 
+    def _first_keys(self, offset: int) -> Iterator[tuple[int, int, bytes, int]]:
+        """Those of the first records, with their ends, without reading more than a block; nothing of what is not as usual."""
+        assert self.file is not None
+        block, place = self.file.read(min(_BLOCK, self.end - offset), offset), 0
+        with suppress(record.BadRecord):
+            while (found := record.decode(block, place, self.entry.salt ^ offset + place)) and not found.flags & BATCH:
+                yield offset + place, found.flags, found.key, offset + found.end
+                place = found.end
+
     def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes]]:
+        if self.file is not None:
+            for place, flags, key, offset in self._first_keys(offset):  # noqa: B020  (from where it ends, the rest is read)
+                yield place, flags, key
         unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
         buffer = segment.map_segment(self.file, self.end) if self.file is not None else self.buffer
         assert buffer is not None
