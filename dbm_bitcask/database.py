@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
+from collections.abc import Container, ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
     Bytes: TypeAlias = str | Buffer
-    Items: TypeAlias = Mapping[str, Bytes] | Mapping[bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]
+    Items: TypeAlias = Mapping[str, Bytes] | Mapping[bytes, Bytes] | Mapping[str | bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]
 
     Flag = Literal[
         "r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns", "ru", "wu", "cu", "nu",
@@ -145,7 +145,13 @@ def _require_size(size: int) -> None:
         raise ValueError(f"key and value have {size} bytes; at most {SIZE_LIMIT} fit a record")
 
 
-class Database(MutableMapping[bytes, bytes]):
+class _Container(Container[Any]):
+    """For type checkers: else they took `"key" in db` for a mistake, as what is iterated is bytes."""
+
+    __slots__ = ()
+
+
+class Database(_Container, MutableMapping[bytes, bytes]):
     """A mapping of bytes to bytes on the disk, as `open` returns it.
 
     Keys and values may be given as str (stored in UTF-8) or as any bytes-like object; they come back as bytes. Besides what every mutable
@@ -261,6 +267,10 @@ class Database(MutableMapping[bytes, bytes]):
         _require_size(len(key) + len(default))
         return self._call(store.setdefault, key, default)
 
+    @overload
+    def pop(self, key: Bytes) -> bytes: ...
+    @overload
+    def pop(self, key: Bytes, default: Default) -> bytes | Default: ...
     def pop(self, key: Bytes, default: Any = _MISSING) -> Any:
         """Delete a key and return its value; `default` if it is not there, or KeyError without one."""
         store = self._writable_store()
