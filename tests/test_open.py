@@ -395,6 +395,15 @@ def test_n_replaces_an_empty_regular_file(path):
         assert dict(db) == {b"key": b"value"}
 
 
+def test_n_refuses_a_link_to_an_empty_file(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    before = fingerprint(tmp_path)
+    with pytest.raises(dbm_bitcask.error):
+        dbm_bitcask.open(tmp_path / "link", "n")
+    assert fingerprint(tmp_path) == before
+
+
 @pytest.mark.parametrize("flag", ["r", "w", "c", "n"])
 @pytest.mark.parametrize("contents", [b"precious", b"\0", b"dbm_bitcask"])
 def test_regular_file_with_contents_is_left_untouched(tmp_path, flag, contents):
