@@ -4,7 +4,8 @@
     python -m compat.exchange --tox .tox
 
 Each PYTHON has dbm_bitcask installed; with `--tox`, they are those of the environments that tox made. Each writes a database, and all take
-turns with it: read everything, compare, change something, merge. Exit status 1 if one of them finds anything else than was written.
+turns with it: read everything, compare, change something, merge. Exit status 1 if one of them finds anything else than was written, or if
+there is none: one alone, as tox makes it on a machine with one version of Python, has nothing to exchange, which is no error.
 """
 
 from __future__ import annotations
@@ -47,15 +48,26 @@ def main() -> int:
     parser.add_argument("pythons", nargs="*", type=Path, metavar="PYTHON")
     parser.add_argument("--tox", type=Path, help="the working directory of tox")
     args = parser.parse_args()
-    pythons = args.pythons or sorted(each for each in args.tox.glob("py3*/bin/python") if re.fullmatch(r"py3\d+", each.parts[-3]))
-    if len(pythons) < 2:
-        print("there is one version of Python at most: nothing to exchange")
+    if bool(args.pythons) == bool(args.tox):
+        parser.error("give either interpreters or --tox")
+    # Not resolved: an environment's python is a link to one that lacks what is installed in the environment.
+    pythons = [each.absolute() for each in args.pythons or environments(args.tox)]
+    if not pythons:
+        print(f"{args.tox}: no environment of tox with a Python; make them first: tox -e py311,py312,py313,py314")
+        return 1
+    if len(pythons) == 1:
+        print(f"there is only {pythons[0]}: nothing to exchange")
         return 0
     with tempfile.TemporaryDirectory() as place:
         for first in range(len(pythons)):
             order = [*pythons[first:], *pythons[:first]] * 2
             print("written and read in turn by", *[take_turn(python, Path(place, str(first)), turn) for turn, python in enumerate(order)])
     return 0
+
+
+def environments(place: Path) -> list[Path]:
+    """The interpreters of those environments of tox that have a version of Python as their name."""
+    return sorted(each for each in place.glob("py3*/bin/python") if re.fullmatch(r"py3\d+", each.parts[-3]))
 
 
 def take_turn(python: Path, path: Path, turn: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
+from collections.abc import Container, ItemsView, Iterator, MutableMapping, ValuesView
 from contextlib import suppress
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .engine.errors import CLOSED, FlagError, NotFoundError, as_error, error
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
     Bytes: TypeAlias = str | Buffer
-    Items: TypeAlias = Mapping[str, Bytes] | Mapping[bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]
+    Items: TypeAlias = Mapping[str, Bytes] | Mapping[bytes, Bytes] | Mapping[str | bytes, Bytes] | Iterable[tuple[Bytes, Bytes]]
 
     Flag = Literal[
         "r", "w", "c", "n", "rf", "wf", "cf", "nf", "rs", "ws", "cs", "ns", "ru", "wu", "cu", "nu",
@@ -58,7 +59,7 @@ def open(
     last `sync()` or `close()`, and of what came later a prefix. A number: the same, and at most that many seconds are lost; no write waits
     for the disk. "always": everything, at the price of an fsync for every change, which writers that wait at the same time share.
     `segment_size` is the size in bytes, at least 4096, from which on a data file is closed and a new one begun. `timeout` is how many
-    seconds a change waits for another writer before it raises `LockTimeout`; None is for ever.
+    seconds a change waits for another writer before it raises `LockTimeout`; None is for ever, and so is infinity.
 
     `files` is "native" (memory maps; 64-bit CPython on POSIX, a local file system), "portable" (the same data files by plain reads: for
     Windows, 32 bits, PyPy and network file systems; one process writes at a time, for as long as it has the database open; an open reads
@@ -71,8 +72,10 @@ def open(
     interval = _interval(flag, suffix, sync)
     if not MINIMUM_SEGMENT <= segment_size <= MAXIMUM_SEGMENT:
         raise ValueError(f"segment_size must be from {MINIMUM_SEGMENT} to {MAXIMUM_SEGMENT} bytes, not {segment_size!r}")
-    if timeout is not None and not timeout >= 0:
-        raise ValueError(f"timeout must be a number of seconds, not {timeout!r}")
+    if timeout == float("inf"):
+        timeout = None
+    if timeout is not None and not 0 <= timeout <= TIMEOUT_MAX:
+        raise ValueError(f"timeout must be None or a number of seconds from 0 to {TIMEOUT_MAX:.0f}, not {timeout!r}")
     if files not in ("auto", "native", "portable"):
         raise ValueError(f"files must be 'auto', 'native' or 'portable', not {files!r}")
     given = os.fsdecode(file)
@@ -116,8 +119,8 @@ def _interval(flag: str, suffix: str, sync: Any) -> float | None:
         raise ValueError(f"flag {flag!r} means sync={meant!r}, and sync={sync!r} was given")
     if meant in ("never", "always"):
         return 0.0 if meant == "always" else None
-    if isinstance(meant, bool) or not isinstance(meant, (int, float)) or not 0 < meant < float("inf"):
-        raise ValueError(f"sync must be 'never', 'always' or a number of seconds above 0, not {sync!r}")
+    if isinstance(meant, bool) or not isinstance(meant, (int, float)) or not 0 < meant <= TIMEOUT_MAX:
+        raise ValueError(f"sync must be 'never', 'always' or a number of seconds above 0, at most {TIMEOUT_MAX:.0f}, not {sync!r}")
     return float(meant)
 
 
@@ -145,7 +148,13 @@ def _require_size(size: int) -> None:
         raise ValueError(f"key and value have {size} bytes; at most {SIZE_LIMIT} fit a record")
 
 
-class Database(MutableMapping[bytes, bytes]):
+class _Container(Container[Any]):
+    """For type checkers: else they took `"key" in db` for a mistake, as what is iterated is bytes."""
+
+    __slots__ = ()
+
+
+class Database(_Container, MutableMapping[bytes, bytes]):
     """A mapping of bytes to bytes on the disk, as `open` returns it.
 
     Keys and values may be given as str (stored in UTF-8) or as any bytes-like object; they come back as bytes. Besides what every mutable
@@ -261,6 +270,10 @@ class Database(MutableMapping[bytes, bytes]):
         _require_size(len(key) + len(default))
         return self._call(store.setdefault, key, default)
 
+    @overload
+    def pop(self, key: Bytes) -> bytes: ...
+    @overload
+    def pop(self, key: Bytes, default: Default) -> bytes | Default: ...
     def pop(self, key: Bytes, default: Any = _MISSING) -> Any:
         """Delete a key and return its value; `default` if it is not there, or KeyError without one."""
         store = self._writable_store()

@@ -179,6 +179,29 @@ def test_unknown_sync_is_refused_and_creates_nothing(path, sync):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("sync", [1e10, pytest.param(10**400, id="huge"), float("inf"), threading.TIMEOUT_MAX + 1])
+def test_sync_after_more_seconds_than_a_thread_can_wait_is_a_value_error_and_creates_nothing(path, sync):
+    with pytest.raises(ValueError, match="sync must be"):
+        dbm_bitcask.open(path, "c", sync=sync)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.1, float("nan"), float("-inf"), 1e10, 10**30, threading.TIMEOUT_MAX + 1])
+def test_timeout_out_of_range_is_a_value_error_and_creates_nothing(path, timeout):
+    with pytest.raises(ValueError, match="timeout must be"):
+        dbm_bitcask.open(path, "c", timeout=timeout)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("timeout", [0, 0.5, None, float("inf"), threading.TIMEOUT_MAX])
+def test_longest_timeout_and_sync_are_as_good_as_any(path, timeout):
+    with dbm_bitcask.open(path, "c", timeout=timeout, sync=threading.TIMEOUT_MAX) as db:
+        db[b"key"] = b"value"
+        assert any(thread.name == "dbm_bitcask sync" and thread.is_alive() for thread in threading.enumerate())
+        db.sync()
+        assert db[b"key"] == b"value"
+
+
 @pytest.mark.parametrize("size", [0, -1, 1, 4095, 2**32, 2**40])
 def test_segment_size_out_of_range_is_a_value_error_and_creates_nothing(path, size):
     with pytest.raises(ValueError, match="segment_size"):
@@ -370,6 +393,15 @@ def test_n_replaces_an_empty_regular_file(path):
         db[b"key"] = b"value"
     with dbm_bitcask.open(path, "r") as db:
         assert dict(db) == {b"key": b"value"}
+
+
+def test_n_refuses_a_link_to_an_empty_file(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    before = fingerprint(tmp_path)
+    with pytest.raises(dbm_bitcask.error):
+        dbm_bitcask.open(tmp_path / "link", "n")
+    assert fingerprint(tmp_path) == before
 
 
 @pytest.mark.parametrize("flag", ["r", "w", "c", "n"])

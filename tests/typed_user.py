@@ -32,11 +32,18 @@ def use_a_database(path: Path) -> None:
         assert_type(db["key"], bytes)
         assert_type(db.get("key"), bytes | None)
         assert_type(db.get("key", 0), bytes | int)
+        assert_type("key" in db, bool)
+        assert_type(b"key" not in db, bool)
         assert_type(db.setdefault("key", "value"), bytes)
+        assert_type(db.pop("key"), bytes)
+        assert_type(db.pop("key", None), bytes | None)
+        assert_type(db.pop(b"key", 0), bytes | int)
         assert_type(db.keys(), list[bytes])
         assert_type(db.popitem(), tuple[bytes, bytes])
         for key in db:
             assert_type(key, bytes)
+        assert_type(list(db), list[bytes])
+        assert_type(dict(db.items()), dict[bytes, bytes])
         for key, value in db.items():
             assert_type((key, value), tuple[bytes, bytes])
         for value in db.values():
@@ -44,13 +51,21 @@ def use_a_database(path: Path) -> None:
         db.update({b"key": b"value"})
         db.update({"key": "value"}, other="value")
         db.update([("key", b"value"), (b"key", "value")])
+        mixed: dict[str | bytes, str] = {"key": "value", b"key": "value"}
+        db.update(mixed)
+        db |= mixed
         db.update({"key": 1})  # type: ignore[arg-type]
         db |= {"key": "value"}
         del db["key"]
         take_a_mapping(db)
+        take_a_mapping_of_str(db)  # type: ignore[arg-type]
 
 
 def take_a_mapping(mapping: MutableMapping[bytes, bytes]) -> int:
+    return len(mapping)
+
+
+def take_a_mapping_of_str(mapping: MutableMapping[str, bytes]) -> int:
     return len(mapping)
 
 

@@ -6,14 +6,17 @@ tests are imported:
 
     test_dbm, test_shelve     `dbm_bitcask.register()`, and ours as the only module that `dbm` knows
     the same, beside others   the same with all modules of the standard library: their tests stay green, too
+    the same, default         `dbm_bitcask.register(default=True)`, and `dbm` knows the modules that it has: what `dbm.open` creates is ours
     test_shelve, our Shelf    with `dbm_bitcask.Shelf` and `open_shelf` in the place of `shelve.Shelf` and `shelve.open`
     test_dbm_gnu, ...         ours in the place of that one module
 
-The tests want our module to be named `dbm.` and something: `dbm.bitcask` here. Every test has an empty working directory of its own; the
-clean-up of theirs, which knows files only, is taught to remove directories.
+The tests walk the modules in `dbm._names`, each named `dbm.` and something: without "default", the run puts an alias of ours there,
+`dbm.bitcask`, and `dbm` creates by that. With "default" nothing is put there; that no test creates a database of ours is an error then.
+Every test has an empty working directory of its own; the clean-up of theirs, which knows files only, is taught to remove directories.
 
 `differences.txt` lists the tests that do not pass, one a line with the reason. A failure that is not in it is an error, and so is a line in
-it whose test passes: unless it says that it is about users other than root, or about a test that has certain words, and this one is not.
+it whose test passes, skips itself or does not exist: unless the line says that it is about users other than root, about Pythons from some
+version on, or about a test that has certain words, and this one is not.
 """
 
 from __future__ import annotations
@@ -41,18 +44,23 @@ from typing import Any, NamedTuple
 import dbm_bitcask
 
 DIFFERENCES = Path(__file__).with_name("differences.txt")
-LINE = re.compile(r"(?P<name>\w+\.\w+\.\w+)( \[(?P<condition>unprivileged|if it has .+)\])?: (?P<reason>.+)")
+LINE = re.compile(r"(?P<name>\w+\.\w+\.\w+)( \[(?P<condition>unprivileged|from 3\.\d+|if it has .+)\])?: (?P<reason>.+)")
 ALIAS = "dbm.bitcask"
 SUITES = {
     "test_dbm": "test_dbm",
     "test_shelve": "test_shelve",
     "test_dbm, beside others": "test_dbm",
     "test_shelve, beside others": "test_shelve",
+    "test_dbm, default": "test_dbm",
+    "test_shelve, default": "test_shelve",
     "test_shelve, our Shelf": "test_shelve",
     "test_dbm_gnu": "test_dbm_gnu",
     "test_dbm_dumb": "test_dbm_dumb",
     "test_dbm_sqlite3": "test_dbm_sqlite3",
 }
+KINDS = {"passed": "passed", "skipped": "skipped", "expected": "failed as expected", "failed": "differ"}
+VERBS = {"passed": "passes", "skipped": "skips itself", "expected": "fails as its authors expect"}
+CREATED: list[Any] = []  # the databases of ours that `dbm.open` made because of `register(default=True)`
 
 
 def main() -> int:
@@ -90,17 +98,22 @@ def report(suite: str, listed: dict[str, Difference]) -> int:
         return 0
     found = in_a_process(suite)
     unlisted = {name: why for name, why in found["failed"].items() if name not in listed}
-    needless = [name for name, source in found["passed"].items() if name in listed and listed[name].applies_to(source)]
-    counts = {kind: len(found[kind]) for kind in ("passed", "skipped", "failed")}
-    print(f"{suite:27}{sum(counts.values())} tests: {counts['passed']} passed, {counts['skipped']} skipped, {counts['failed']} differ")
+    about = [name for name in listed if name.startswith(f"{module}.") and name not in found["failed"]]
+    needless = [name for name in about if listed[name].applies_to(found["passed"].get(name, ""))]
+    counts = {kind: len(found[kind]) for kind in KINDS}
+    said = ", ".join(f"{counts[kind]} {word}" for kind, word in KINDS.items() if counts[kind] or kind != "expected")
+    print(f"{suite:27}{sum(counts.values())} tests: {said}")
     for name, why in found["skipped"].items():
         print(f"    skipped by itself: {name}: {why}")
+    for name in found["expected"]:
+        print(f"    fails as its authors expect: {name}")
     for name in found["failed"].keys() - unlisted.keys():
         print(f"    differs: {name}: {listed[name].reason}")
     for name, why in unlisted.items():
         print(f"ERROR: {name} fails and is not listed:\n{why}")
     for name in needless:
-        print(f"ERROR: {name} passes and is listed as one that does not")
+        how = next((verb for kind, verb in VERBS.items() if name in found[kind]), "does not exist")
+        print(f"ERROR: {name} {how} and is listed as one that does not pass")
     return 1 if unlisted or needless or not counts["passed"] else 0
 
 
@@ -127,10 +140,14 @@ class Difference(NamedTuple):
     reason: str
 
     def applies_to(self, source: str) -> bool:
-        """Whether it is about this user, and about the test that this version of Python has."""
+        """Whether it is about this user, this version of Python, and the test that this version has."""
+        if self.condition is None:
+            return True
         if self.condition == "unprivileged":
             return os.geteuid() != 0
-        return self.condition is None or self.condition.removeprefix("if it has ") in source
+        if self.condition.startswith("from 3."):
+            return sys.version_info >= (3, int(self.condition.removeprefix("from 3.")))
+        return self.condition.removeprefix("if it has ") in source
 
 
 def differences(file: Path) -> dict[str, Difference]:
@@ -139,20 +156,23 @@ def differences(file: Path) -> dict[str, Difference]:
     found = [LINE.fullmatch(line) for line in lines]
     if None in found:
         raise ValueError(f"{file}: {lines[found.index(None)]!r} is not 'module.Class.test [condition]: reason'")
-    return {each["name"]: Difference(each["condition"], each["reason"]) for each in found if each}
+    listed = {each["name"]: Difference(each["condition"], each["reason"]) for each in found if each}
+    if foreign := [name for name in listed if name.partition(".")[0] not in SUITES.values()]:
+        raise ValueError(f"{file}: {foreign[0]} is of no suite")
+    return listed
 
 
 # The process of one suite.
 
 
 def run_suite(suite: str) -> dict[str, dict[str, str]]:
-    """Prepare `dbm`, run the tests, and return those that passed, that skipped themselves and that failed."""
+    """Prepare `dbm`, run the tests, and return what happened: by each of `KINDS` the names, with source or reason."""
     from test.support import os_helper
 
     os_helper.unlink = functools.partial(unlink, os_helper.unlink)  # before the tests take it from there
     module = SUITES[suite]
     if module in ("test_dbm", "test_shelve"):
-        take_part(beside="beside" in suite)
+        take_part(beside="beside" in suite, default="default" in suite)
     else:
         take_the_place_of(module.removeprefix("test_dbm_"))
     if "our Shelf" in suite:
@@ -163,6 +183,8 @@ def run_suite(suite: str) -> dict[str, dict[str, str]]:
     tests = unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(f"test.{module}"))
     outcome = Outcome()
     tests.run(outcome)
+    if "default" in suite and not CREATED:
+        outcome.found["failed"]["register(default=True)"] = "of what the tests created, nothing is ours"
     return outcome.found
 
 
@@ -171,11 +193,14 @@ def unlink(former: Any, path: Any) -> None:
     shutil.rmtree(path) if dbm_bitcask.whichdb(path) and not Path(os.fsdecode(path)).is_symlink() else former(path)
 
 
-def take_part(*, beside: bool) -> None:
-    """Register with `dbm`, also with each that is imported afresh, as one of its modules or as the only one."""
+def take_part(*, beside: bool, default: bool) -> None:
+    """Register with `dbm`, also with each that is imported afresh, as one of its modules or as the only one; or by `default` alone."""
 
     def prepare(dbm: Any) -> None:
-        dbm_bitcask.register()
+        dbm_bitcask.register(default)
+        if default:
+            dbm.open = counted(dbm.open)
+            return
         sys.modules[ALIAS] = module_like_dbm(ALIAS)
         dbm._names[:] = [ALIAS, *(dbm._names if beside else [])]
         dbm.whichdb = functools.partial(translated, dbm.whichdb)
@@ -200,6 +225,20 @@ def take_part(*, beside: bool) -> None:
 
     prepare(dbm)
     sys.meta_path.insert(0, Afresh())
+
+
+def counted(open: Any) -> Any:  # noqa: A002  (dbm.open)
+    """The same `dbm.open`, which notes what it creates that is ours."""
+
+    @functools.wraps(open)
+    def noting(file: Any, *args: Any, **others: Any) -> Any:
+        before = dbm_bitcask.whichdb(file)
+        db = open(file, *args, **others)
+        if before is None and isinstance(db, dbm_bitcask.Database):
+            CREATED.append(file)
+        return db
+
+    return noting
 
 
 def translated(whichdb: Any, path: Any) -> Any:
@@ -250,7 +289,7 @@ class Outcome(unittest.TestResult):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, dict[str, str]] = {"passed": {}, "skipped": {}, "failed": {}}
+        self.found: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
 
     def startTest(self, test: unittest.TestCase) -> None:  # noqa: N802
         super().startTest(test)
@@ -273,6 +312,12 @@ class Outcome(unittest.TestResult):
         self.found["failed"][short(test)] = self._exc_info_to_string(err, test)  # type: ignore[attr-defined]
 
     addError = addFailure  # noqa: N815
+
+    def addExpectedFailure(self, test: unittest.TestCase, err: Any) -> None:  # noqa: N802, ARG002
+        self.found["expected"][short(test)] = "fails, as its authors expect"
+
+    def addUnexpectedSuccess(self, test: unittest.TestCase) -> None:  # noqa: N802
+        self.found["failed"][short(test)] = "passes, and its authors expect it to fail"
 
     def addSubTest(self, test: unittest.TestCase, subtest: unittest.TestCase, err: Any) -> None:  # noqa: N802, ARG002
         if err is not None:
