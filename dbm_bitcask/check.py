@@ -12,11 +12,19 @@ Found = TypeVar("Found")
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the parsers of both."""
     parser = commands.add_parser("check", help="verify every record, the index and all counters; exit status 1 if something is wrong")
-    parser.add_argument("path", metavar="PATH")
+    add_arguments(parser)
     parser.set_defaults(run=run_check)
     parser = commands.add_parser("repair", help="make a damaged database one that opens, with everything in it that verifies")
-    parser.add_argument("path", metavar="PATH")
+    add_arguments(parser)
     parser.set_defaults(run=run_repair)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what both take."""
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument(
+        "--files", choices=("auto", "native", "portable"), default="auto", help="how files are reached (default: %(default)s)"
+    )
 
 
 def printed(found: list[Found]) -> list[Found]:
@@ -28,7 +36,7 @@ def printed(found: list[Found]) -> list[Found]:
 
 def run_check(args: argparse.Namespace) -> int:
     """Print what is wrong, a line each."""
-    problems = printed(check(args.path))
+    problems = printed(check(args.path, args.files))
     if problems:
         print(f"{args.path}: {len(problems)} problem{'s' * (len(problems) > 1)}; `repair` keeps whatever verifies")
         return 1
@@ -38,8 +46,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_repair(args: argparse.Namespace) -> int:
     """Print what was done, a line each."""
-    steps = printed(repair(args.path))
-    problems = printed(check(args.path))
+    steps = printed(repair(args.path, args.files))
+    problems = printed(check(args.path, args.files))
     if problems:
         print(f"{args.path}: {len(problems)} problems are left")
         return 1

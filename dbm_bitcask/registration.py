@@ -46,8 +46,8 @@ _default = False
 def register(default: bool = False) -> None:
     """Let `dbm.open`, `shelve.open` and `dbm.whichdb` recognise our databases, in this process, until `unregister`.
 
-    With `default`, what they create is ours, too: with flag "c" where there is nothing, with "n" also in place of an empty file. A file of
-    another dbm module keeps being opened as without us, whatever the flag. A database of ours stays ours with "n".
+    With `default`, what they create is ours, too: with flag "c" where there is nothing, with "n" also in place of an empty regular file. A
+    file of another dbm module keeps being opened as without us, whatever the flag. A database of ours stays ours with "n".
 
     A second call only replaces `default`. Importing dbm_bitcask never registers it. Who did `from dbm import open` before finds databases
     of ours with it, but creates none.

@@ -7,15 +7,18 @@ import gc
 import os
 import shutil
 import stat
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from pyfakefs.fake_filesystem_unittest import Patcher
 
 import dbm_bitcask
-from children import fork_and_wait, run_python
-from dbm_bitcask.engine import files, header, portable
+from children import fork, fork_and_wait, run_python
+from dbm_bitcask.engine import files, header, portable, recovery
 from dbm_bitcask.engine.check import check
 from native_only import NATIVE_ONLY
 
@@ -425,3 +428,209 @@ def test_files_are_opened_without_following_links_and_made_new(path, monkeypatch
         assert flags & (os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK) == os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, name
         assert bool(flags & os.O_CREAT) == bool(flags & os.O_EXCL), name
         assert not flags & os.O_TRUNC, name
+
+
+# What a review found.
+
+
+def test_live_handles_of_the_native_layer_are_told_although_a_backup_shares_the_files(path, tmp_path):
+    with dbm_bitcask.open(path, files="native") as writer, dbm_bitcask.open(path, "r", files="native") as reader:
+        writer[b"key"] = b"old"
+        assert reader[b"key"] == b"old"
+        (tmp_path / "links").mkdir()
+        for file in path.glob("*.data"):
+            os.link(file, tmp_path / "links" / file.name)
+        run_python(WRITE, path, "new")
+        assert reader[b"key"] == writer[b"key"] == b"new"
+        writer[b"more"] = b"1"
+    assert read(path) == {b"key": b"new", b"more": b"1"}
+
+
+WRITE = "import sys, dbm_bitcask\nwith dbm_bitcask.open(sys.argv[1], files='portable') as db: db['key'] = sys.argv[2]"
+
+
+@pytest.mark.parametrize("layer", ["native", "portable"])
+def test_threads_of_a_reader_with_an_own_index_agree_on_the_newest(path, layer, monkeypatch):
+    """One builds slowly, and another one newer: the older must not be what stays."""
+    with dbm_bitcask.open(path, files="portable") as db:
+        db[b"key"] = b"0"
+    build, slow, go_on = recovery._build, threading.Event(), threading.Event()
+
+    def slowly(*args, **options):
+        built = build(*args, **options)
+        slow.set()
+        assert go_on.wait(30)
+        return built
+
+    with dbm_bitcask.open(path, "r", files=layer) as reader:
+        assert reader[b"key"] == b"0"
+        monkeypatch.setattr(recovery, "_build", slowly)
+        run_python(WRITE, path, 1)
+        with ThreadPoolExecutor(2) as threads:
+            older = threads.submit(reader.get, b"key")
+            assert slow.wait(30)
+            run_python(WRITE, path, 2)
+            newer = threads.submit(reader.get, b"key")
+            time.sleep(0.1)  # it should be waiting for the other by now; if it is not, the test is easier to pass
+            go_on.set()
+            assert older.result(30) in (b"1", b"2")
+            assert newer.result(30) == b"2"
+        assert reader[b"key"] == b"2"
+
+
+MERGE = """
+import sys, dbm_bitcask
+with dbm_bitcask.open(sys.argv[1], segment_size=4096) as db:
+    db.update(dict.fromkeys(db.keys(), b"m"))
+    db.merge()
+"""
+
+
+def test_reader_beside_a_merge_of_another_process_is_told_of_no_damage(path, monkeypatch):
+    fill(path)
+    with dbm_bitcask.open(path, "r", files="portable") as reader:
+        look, merged = reader._log.look_beside, []
+
+        def look_and_then_merge():
+            look()
+            if not merged:
+                merged.append(run_python(MERGE, path))
+
+        monkeypatch.setattr(reader._log, "look_beside", look_and_then_merge)
+        assert reader[b"key 1"] == b"m"
+        merged.clear()
+        assert dict(reader) == dict.fromkeys(KEYS, b"m")
+
+
+FREE = "import sys, dbm_bitcask\ndbm_bitcask.open(sys.argv[1], files='native', timeout=1).close()"
+
+
+def test_lock_goes_at_once(path, tmp_path):
+    """Not when a collection finds what held it: an iterator that is kept, or an open that failed."""
+    db = dbm_bitcask.open(path, **SMALL)
+    db.update(KEYS)
+    keys = iter(db)
+    next(keys)
+    db.close()
+    run_python(FREE, path)
+    with pytest.raises(dbm_bitcask.error):
+        next(keys)
+    gc.disable()
+    try:
+        (path / "MANIFEST").rename(tmp_path / "kept")
+        for flag in "wcn":
+            with pytest.raises(dbm_bitcask.CorruptionError):
+                dbm_bitcask.open(path, flag, files="portable")
+        (tmp_path / "kept").rename(path / "MANIFEST")
+        run_python(FREE, path)
+    finally:
+        gc.enable()
+
+
+def test_child_does_not_keep_the_lock_of_its_parent(path):
+    db = dbm_bitcask.open(path, files="portable")
+    ready, done = os.pipe(), os.pipe()
+
+    def child():
+        os.write(ready[1], b".")
+        os.read(done[0], 1)
+
+    pid = fork(child)
+    os.read(ready[0], 1)
+    db.close()
+    run_python(FREE, path)
+    os.write(done[1], b".")
+    assert os.waitpid(pid, 0)[1] == 0
+    for end in (*ready, *done):
+        os.close(end)
+
+
+@pytest.mark.parametrize("flag", ["r", "w"])
+def test_segment_that_somebody_cuts_is_an_error_of_ours(path, flag):
+    fill(path)
+    with dbm_bitcask.open(path, flag, files="portable") as db:
+        for hint in path.glob("*.hint"):
+            hint.unlink()
+        keys = iter(db)
+        next(keys)
+        for file in sorted(path.glob("*.data"))[1:-1]:
+            os.truncate(file, 40)
+        with pytest.raises(dbm_bitcask.error):
+            list(keys)
+    shutil.rmtree(path)
+
+
+def test_database_that_takes_the_path_of_another_is_read_as_it_is(path, tmp_path):
+    fill(path)
+    with dbm_bitcask.open(tmp_path / "other", files="native", segment_size=4096) as other:
+        other.update(dict.fromkeys(KEYS, b"other" * 9))
+    with dbm_bitcask.open(path, "r", files="portable") as reader:
+        assert dict(reader) == KEYS
+        path.rename(tmp_path / "away")
+        (tmp_path / "other").rename(path)
+        assert {key: reader[key] for key in KEYS} == dict.fromkeys(KEYS, b"other" * 9)
+
+
+def test_database_that_was_renamed_is_opened_by_its_new_path_while_a_handle_has_the_old_one(path, tmp_path):
+    fill(path)
+    with dbm_bitcask.open(path, "r", files="portable") as reader:
+        reader[b"key 1"]
+        path.rename(tmp_path / "moved")
+        with dbm_bitcask.open(tmp_path / "moved", **SMALL) as db:
+            db[b"key 1"] = b"new"
+        assert read(tmp_path / "moved", files="portable") == {**KEYS, b"key 1": b"new"}
+
+
+def test_loop_of_popitem_reads_no_segment_as_a_whole_each_time(path, monkeypatch):
+    items = {b"%d" % number: bytes(1000) for number in range(300)}
+    with dbm_bitcask.open(path, files="portable") as db:
+        db.update(items)
+        sizes, read_file = [], portable.File.read
+        monkeypatch.setattr(portable.File, "read", lambda self, length, offset: sizes.append(length) or read_file(self, length, offset))
+        taken = dict(db.popitem() for _ in range(len(items)))
+    assert taken == items
+    assert len(sizes) > len(items)
+    assert sum(size > 2**16 for size in sizes) < 10
+
+
+def test_what_a_failed_sync_left_in_doubt_is_written_again_at_the_next_open(path, monkeypatch):
+    def fail(_self):
+        raise OSError(errno.EIO, "disk")
+
+    with dbm_bitcask.open(path, files="portable") as db:
+        db[b"synced"] = b"1"
+    db = dbm_bitcask.open(path, files="portable")
+    db[b"doubtful"] = b"2"
+    with monkeypatch.context() as patch:
+        patch.setattr(portable.File, "sync_contents", fail)
+        with pytest.raises(dbm_bitcask.error):
+            db.sync()
+    with pytest.raises(dbm_bitcask.error):
+        db[b"more"] = b"3"
+    with pytest.raises(dbm_bitcask.error):
+        db.close()
+    before = {file.name: file.read_bytes() for file in path.glob("*.data")}
+    assert sum(b"doubtful" in data for data in before.values()) == 1
+    with dbm_bitcask.open(path, files="portable") as db:
+        assert dict(db) == {b"synced": b"1", b"doubtful": b"2"}
+        fresh = {file.name: file.read_bytes() for file in path.glob("*.data") if file.name not in before}
+        assert any(b"doubtful" in data for data in fresh.values())
+
+
+TAKE = "import fcntl, sys\nwith open(sys.argv[1], 'r+b') as file: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+def test_network_file_system_is_locked_by_a_file_that_other_machines_see(path, monkeypatch):
+    monkeypatch.setattr(files, "_remote_kind", lambda _device: "nfs4")
+    with pytest.raises(dbm_bitcask.error, match="nfs4"):
+        dbm_bitcask.open(path, files="native")
+    shutil.rmtree(path)
+    fill(path)
+    lock = path / "lock"
+    with dbm_bitcask.open(path, files="portable"):
+        with pytest.raises(AssertionError, match="BlockingIOError"):
+            run_python(TAKE, lock)
+        assert read(path, files="portable") == KEYS
+        with pytest.raises(AssertionError, match="BlockingIOError"):
+            run_python(TAKE, lock)
+    run_python(TAKE, lock)

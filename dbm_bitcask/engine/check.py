@@ -54,14 +54,14 @@ class Problem(NamedTuple):
         return f"{where}: {self.message}"
 
 
-def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Problem]:
+def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], files: str = "auto") -> list[Problem]:
     """Verify the database at `path`: an empty list if all is well. O(bytes).
 
-    Raises `error` if there is no database, or none that can be looked at.
+    `files` is that of `dbm_bitcask.open`. Raises `error` if there is no database, or none that can be looked at.
     """
     name = os.fsdecode(path)
     try:
-        log = Log(open_directory(name))
+        log = Log(open_directory(name, files))
     except error:
         raise
     except OSError as failure:
@@ -72,6 +72,8 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Pro
         raise
     except OSError as failure:
         raise as_error(failure, name) from failure
+    finally:
+        log.release()
 
 
 def _check(log: Log) -> Iterator[Problem]:

@@ -48,14 +48,14 @@ class Step(NamedTuple):
         return f"{self.file}: {self.message}"
 
 
-def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[Step]:
+def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], files: str = "auto") -> list[Step]:
     """Repair the database at `path`: what was done, an empty list if there was nothing to do. O(bytes).
 
-    Raises `error` if there is no database, or one of a newer version, which is not touched.
+    `files` is that of `dbm_bitcask.open`. Raises `error` if there is no database, or one of a newer version, which is not touched.
     """
     name = os.fsdecode(path)
     try:
-        log = Log(open_directory(name), write=True)
+        log = Log(open_directory(name, files), write=True)
     except error:
         raise
     except OSError as failure:
@@ -66,6 +66,8 @@ def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[St
         raise
     except OSError as failure:
         raise as_error(failure, name) from failure
+    finally:
+        log.release()
 
 
 def _repair(log: Log) -> Iterator[Step]:

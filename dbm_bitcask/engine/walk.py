@@ -219,7 +219,7 @@ class Held:
 
     def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes]]:
         if self.file is not None:
-            for place, flags, key, offset in self._first_keys(offset):  # noqa: B020  (from where it ends, the rest is read)
+            for place, flags, key, offset in self._first_keys(offset):  # noqa: B007, B020  (from where it ends, the rest is read)
                 yield place, flags, key
         unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
         buffer = segment.map_segment(self.file, self.end) if self.file is not None else self.buffer
