@@ -68,7 +68,7 @@ REASONS = {
     """,
     PROCESSES: """
         test_dead_processes
-        test_kill
+        test_kill::test_writer_goes_on_beside_one_that_is_killed
         test_pitfalls::test_pitfall_20_nothing_is_cut_that_somebody_may_have_mapped
         test_pitfalls::test_pitfall_23_lock_is_not_lost_with_another_descriptor_of_the_same_file
         test_pitfalls::test_pitfall_24_child_takes_no_lock_away_and_is_not_stuck_in_one
@@ -81,7 +81,6 @@ REASONS = {
     """,
     STAGED: """
         test_descriptors
-        test_failing_calls
         test_iteration::test_iteration_over_more_segments_than_descriptors_beside_a_merge_sees_each_key_once
         test_mutants
         test_pitfalls::test_pitfall_15_directory_is_synced_behind_each_commit_and_before_anything_is_deleted

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import dbm_bitcask
-from dbm_bitcask.engine import files
+from crashes import abandon
+from dbm_bitcask.engine import files, portable
 from dbm_bitcask.engine.check import check
 
 OPTIONS = {"segment_size": 4096}
@@ -22,7 +23,7 @@ SHORT, INTERRUPTED = "short write", "interrupted"
 KINDS = [*ERRORS, SHORT, INTERRUPTED]
 CALLS = {
     *("open", "pread", "pwrite", "fsync", "ftruncate", "posix_fallocate", "replace", "unlink", "link"),
-    *("mkdir", "stat", "fstat", "listdir", "lseek"),
+    *("mkdir", "stat", "fstat", "lstat", "listdir", "lseek", "read", "write"),
 }
 
 
@@ -31,7 +32,7 @@ class Interrupted(BaseException):
 
 
 class Failing:
-    """In the place of `os` in `files`: the n-th call fails, or every one from it on."""
+    """In the place of `os` in both layers of files: the n-th call fails, or every one from it on."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -40,9 +41,10 @@ class Failing:
         self.failed = ""
 
     def install(self, patch):
-        patch.setattr(files, "os", self)
         patch.setattr(files, "_fdatasync", self.guarded("fdatasync", os.fdatasync))
-        patch.setattr(files, "fcntl", _Fcntl(self))
+        for module in (files, portable):
+            patch.setattr(module, "os", self)
+            patch.setattr(module, "fcntl", _Fcntl(self))
 
     def __getattr__(self, name):
         found = getattr(os, name)
@@ -57,9 +59,9 @@ class Failing:
             if self.kind == INTERRUPTED:
                 raise Interrupted
             if self.kind == SHORT:
-                if name == "pwrite":
-                    fd, data, offset = args
-                    return call(fd, data[: (len(data) + 1) // 2], offset)
+                if name in ("pwrite", "write"):
+                    fd, data, *offset = args
+                    return call(fd, data[: (len(data) + 1) // 2], *offset)
                 return call(*args, **kwargs)
             raise OSError(self.kind, os.strerror(self.kind))
 
@@ -181,7 +183,7 @@ def test_every_call_fails(place, kind, for_ever, sync, amount, tally):
             except Exception as failure:
                 raise AssertionError(f"call {call}, {failing.failed}: {failure!r}") from failure
             if run.db is not None:
-                run.db._store.closed = True  # whatever state it is in, it goes away as that of a killed process
+                abandon(run.db)  # whatever state it is in, it goes away as that of a killed process
             run.db = None
         failing.fails_to = 0  # also for what a traceback still holds
         try:
