@@ -106,6 +106,7 @@ REASONS = {
     """,
     WHOLE: """
         test_check::test_memory_does_not_grow_with_the_keys
+        test_fuzz::test_record_of_a_store_that_promises_four_gigabytes_takes_no_memory
         test_security::test_file_that_somebody_made_huge_takes_no_memory
     """,
     PLACE: """

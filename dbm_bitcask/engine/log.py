@@ -227,8 +227,8 @@ class Log:
     def release(self, reason: str = CLOSED) -> None:
         """Let go of every file and map; whoever reads at this moment in another thread keeps what it holds."""
         if not self.released:
+            self.released = True  # first: who is interrupted here must not count down twice
             self.directory.end()
-        self.released = True
         self.segments, self.opened = {}, {}
         closed = _Released(reason)
         self.get = closed.refuse

@@ -15,6 +15,7 @@ above knows of no difference. Other processes read beside it as they do beside a
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import os
 import secrets
@@ -168,12 +169,11 @@ class _Shared:
     def closed(self) -> None:
         """A handle is closed; with the last one goes the lock, at once and not when its object goes."""
         self.handles -= 1
-        if not self.handles:
+        if self.handles <= 0:
             self.memory.clear()
-            for descriptor in self._held:
-                descriptor.__del__()
-                del descriptor.fd
-            self._held = []
+            self._held = []  # nobody else has them: so they are closed
+            if sys.implementation.name != "cpython":
+                gc.collect()
 
 
 def _locks(path: str, device: int) -> Iterator[tuple[files.Descriptor, str]]:
@@ -307,7 +307,7 @@ class Directory(files.Directory):
         file = self._open(names.KEYDIR, write=True)
         words = array("Q", file.read(8 * (header.INODE + 1), 0)) if file.size() > header.PAGE_SIZE else array("Q")
         if words and words[header.INODE] == file.opened.inode:  # else it is a copy, or a backup's, too
-            file.write(array("Q", [words[header.EPOCH] + 1]).tobytes(), 8 * header.EPOCH)
+            file.write(array("Q", [words[header.EPOCH] + 1 & header.MASK64]).tobytes(), 8 * header.EPOCH)
             file.write(array("Q", [header.MOVED]).tobytes(), 8 * header.STATE)
         os.unlink(self.where(names.KEYDIR))
 
