@@ -10,12 +10,12 @@ import os
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import contents, files, names, recovery, segment, write
+from . import contents, names, recovery, segment, write
 from . import header as at
-from .errors import CorruptionError, NotFoundError, as_error, error
+from .errors import CorruptionError
 from .header import MASK32, PAGE_SIZE, PAGE_WORDS
 from .keydir import Keydir, map_words
-from .log import Gone, Log, read_manifest
+from .log import Gone, Log, read_manifest, under_lock_of
 from .page import (
     IN_USE,
     PAGE_COUNTS,
@@ -28,7 +28,6 @@ from .page import (
     page_slots,
     probe,
 )
-from .portable import open_directory
 from .record import TOMBSTONE
 
 if TYPE_CHECKING:
@@ -59,21 +58,7 @@ def check(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], files: str 
 
     `files` is that of `dbm_bitcask.open`. Raises `error` if there is no database, or none that can be looked at.
     """
-    name = os.fsdecode(path)
-    try:
-        log = Log(open_directory(name, files))
-    except error:
-        raise
-    except OSError as failure:
-        raise NotFoundError(failure.errno, "no database here", name) from failure
-    try:
-        return log.under_lock(lambda log: list(_check(log)))
-    except error:
-        raise
-    except OSError as failure:
-        raise as_error(failure, name) from failure
-    finally:
-        log.release()
+    return under_lock_of(os.fsdecode(path), files, lambda log: list(_check(log)))
 
 
 def _check(log: Log) -> Iterator[Problem]:
@@ -191,7 +176,7 @@ class _Index:
         self.path = log.directory.where(names.KEYDIR)
         self.count = 0  # records that a slot points at
         self.stale: list[int] = []  # locations that a slot points at, behind which there is a newer record of the key
-        self.without_slot = Keydir.create(files.temporary_file(), 0)  # keys with a record and no slot: a tombstone is still to come
+        self.without_slot = Keydir.create(log.directory.temporary_file(), 0)  # keys with a record and no slot: a tombstone is still to come
 
     def compare(self, number: int, key: Hint, tally: _Tally) -> None:
         location = number << 32 | key.offset

@@ -281,8 +281,11 @@ class Directory(Descriptor):
         try:
             os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
         except PermissionError:
-            source, copy = self.open(name), self.create(new, 0o600)
-            copy.write(source.read(source.opened.size, 0), 0)
+            self._copy(name, new)
+
+    def _copy(self, name: str, new: str) -> None:
+        source, copy = self.open(name), self.create(new, 0o600)
+        copy.write(source.read(source.opened.size, 0), 0)
 
     def link_from(self, source: Directory, name: str) -> bool:
         """Give a file of another directory the same name here; False where the two cannot share a file."""

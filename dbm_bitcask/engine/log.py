@@ -5,17 +5,17 @@ Nothing here takes the lock. Reading is right without it; `write`, `rotation` an
 
 from __future__ import annotations
 
-import os
 import threading
 from time import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from . import files, lookup, manifest, names, record, segment
 from . import header as at
-from .errors import CLOSED, CorruptionError, NotFoundError, error
+from .errors import CLOSED, CorruptionError, NotFoundError, as_error, error
 from .header import MASK32
 from .lock import lock_of, renew_after_fork
 from .page import Damaged, locations
+from .portable import open_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .keydir import Keydir
     from .manifest import Entry, Manifest
 
-__all__ = ["LARGEST_MANIFEST", "Gone", "Log", "Options", "Peek", "read_manifest"]
+__all__ = ["LARGEST_MANIFEST", "Gone", "Log", "Options", "Peek", "read_manifest", "under_lock_of"]
 
 Result = TypeVar("Result")
 
@@ -101,8 +101,7 @@ class Log:
         self.entries: dict[int, Entry] = {}
         self.segments: dict[int, tuple[Map, int]] = {}  # what is mapped, with its salt
         self.opened: dict[int, tuple[File, int]] = {}  # of those that cannot be mapped
-        self.can_map = directory.can_map
-        self._pid = os.getpid()
+        self.can_map, self.survives_fork = directory.can_map, directory.survives_fork
         self.released = False
         self.rows: dict[int, int] = {}
         self.epoch = self.generation = 0
@@ -112,18 +111,16 @@ class Log:
         self.beside: tuple[Identity | None, ...] | None = None  # `seen_beside` when an own keydir was built
         self.passed_over: File | None = None  # the keydir that was not trusted: kept open, so that no other one gets its inode
         self.recover: Callable[..., None] = self._cannot_recover
-        self._refreshing = self.recovering = threading.RLock()
-        self.renew_after_fork()
+        self._refreshing, self.recovering = threading.RLock(), threading.RLock()
         renew_after_fork(self)
         self.maps = directory.maps_at_a_time()
         directory.begin()
 
     def renew_after_fork(self) -> None:
-        """Another thread of the parent may have been in `refresh`, or in a recovery."""
+        """In a child: another thread of the parent may have been in `refresh`, or in a recovery."""
         self._refreshing, self.recovering = threading.RLock(), threading.RLock()
-        if self._pid != (pid := os.getpid()) and not self.can_map and not self.released:
+        if not self.survives_fork and not self.released:
             self.release(_FORKED)
-        self._pid = pid
 
     # What exists.
 
@@ -432,6 +429,24 @@ class Log:
         if self.keydir.words[at.EPOCH] == epoch:
             raise CorruptionError(str(gone), None, "the manifest lists this segment, and it is not there; restore it or run `repair`")
         self.follow()
+
+
+def under_lock_of(path: str, files: str, action: Callable[[Log], Result], *, write: bool = False) -> Result:
+    """Run `action(log)` under the lock of the database at `path`, whatever state it is in; every failure is an `error`."""
+    try:
+        log = Log(open_directory(path, files), write=write)
+    except error:
+        raise
+    except OSError as failure:
+        raise NotFoundError(failure.errno, "no database here", path) from failure
+    try:
+        return log.under_lock(action)
+    except error:
+        raise
+    except OSError as failure:
+        raise as_error(failure, path) from failure
+    finally:
+        log.release()
 
 
 def _read_at(file: File, offset: int) -> bytes:

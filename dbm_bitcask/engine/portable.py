@@ -338,8 +338,7 @@ class Directory(files.Directory):
             os.replace(self.where(old), self.where(new))
 
     def link(self, name: str, new: str) -> None:
-        source, copy = self.open(name), self.create(new, 0o600)
-        copy.write(source.read(source.opened.size, 0), 0)
+        self._copy(name, new)
 
     def link_from(self, source: files.Directory, name: str) -> bool:
         try:

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import contents, manifest, names, recovery, rotation, segment, write
 from . import header as at
-from .errors import CorruptionError, NotFoundError, as_error, error
-from .log import LARGEST_MANIFEST, Log, read_manifest
+from .errors import CorruptionError, NotFoundError, error
+from .log import LARGEST_MANIFEST, Log, read_manifest, under_lock_of
 from .manifest import Entry, Manifest
 from .page import Damaged, check_entry, locations, page_slots
-from .portable import open_directory
 from .record import TOMBSTONE
 
 if TYPE_CHECKING:
@@ -53,21 +52,7 @@ def repair(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], files: str
 
     `files` is that of `dbm_bitcask.open`. Raises `error` if there is no database, or one of a newer version, which is not touched.
     """
-    name = os.fsdecode(path)
-    try:
-        log = Log(open_directory(name, files), write=True)
-    except error:
-        raise
-    except OSError as failure:
-        raise NotFoundError(failure.errno, "no database here", name) from failure
-    try:
-        return log.under_lock(lambda log: list(_repair(log)))
-    except error:
-        raise
-    except OSError as failure:
-        raise as_error(failure, name) from failure
-    finally:
-        log.release()
+    return under_lock_of(os.fsdecode(path), files, lambda log: list(_repair(log)), write=True)
 
 
 def _repair(log: Log) -> Iterator[Step]:

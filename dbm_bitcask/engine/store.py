@@ -48,9 +48,7 @@ def may_be_database(path: str) -> bool:
     """Whether there is a directory that only an attempt to open it can tell from a database: it holds our segments, or cannot be read."""
     try:
         return any(names.parse_segment(name) for name in open_directory(path).list())
-    except NotADirectoryError:
-        return False
-    except FileNotFoundError:
+    except (NotADirectoryError, FileNotFoundError):
         return False
     except OSError:
         return files.is_directory(path)
