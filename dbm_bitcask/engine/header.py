@@ -48,6 +48,8 @@ SEAL = 32  # checksum of header and segment table (0: none)
 POISON = 33  # an fsync failed: every state that is entered becomes POISONED
 SYNCED_TO = 34  # the log is durable up to this location
 _REST = 40
+COPIED = 40  # bytes that merges have appended again
+BATCH = 41  # where the batch begins whose records are being published (0: none)
 COUNTERS_A, COUNTERS_B = 64, 80
 OTHER = COUNTERS_A ^ COUNTERS_B  # CURRENT ^ OTHER is the copy that is not valid
 
@@ -59,7 +61,8 @@ CLEAN, RESTING, DIRTYING, DIRTY, CHANGING, POISONED, MOVED = range(1, 8)
 
 # Words of a row of the segment table.
 ROW_WORDS = 8
-ROW_ID, ROW_DEAD, ROW_TOMBSTONES, ROW_EXPIRING, ROW_EXPIRED_AT = range(5)  # bytes, but for the id and the time
+ROW_ID, ROW_DEAD, ROW_TOMBSTONES, ROW_MERGED, ROW_EXPIRING = range(5)  # id, bytes, bytes, how far a merge came, see EXPIRING_ROWS
+EXPIRING_ROWS = 4  # words from ROW_EXPIRING on, by time to live: bytes | second since 1970 by which all of them have expired << 32
 
 MASK32 = 0xFFFFFFFF
 BASE = (1 << 41) - PAGE_WORDS  # of an entry of the directory: the word at which its page begins

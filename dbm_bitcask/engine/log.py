@@ -76,6 +76,8 @@ class Options(NamedTuple):
     timeout: float | None = None  # seconds to wait for the lock; None: for ever
     alone: bool = False  # no other process uses the database: no lock is taken
     files: str = "auto"  # the layer: "native", "portable" or the better of them
+    merge: str = "auto"  # who cleans the log: "auto", those who write; "thread", a thread besides; "manual", who asks for it
+    compress: str | None = None  # how values are compressed: "zlib", "zstd" or not
 
 
 DEFAULT = Options()

@@ -312,12 +312,12 @@ class Store:
 
     # Writing.
 
-    def set(self, key: bytes, value: bytes) -> None:
-        """Set a key. O(1)."""
+    def set(self, key: bytes, value: bytes, flags: int = 0, expiry: int = 0) -> None:
+        """Set a key to a value, which is stored as it is and flagged so. O(1)."""
         log = self.log
         lock = log.lock
         if log.timeout is not None:
-            self.locked(write.put, key, value)
+            self.locked(write.put, key, value, flags, expiry)
         else:
             with lock.mutex:  # as `lock.run` does, which would cost two calls more
                 if lock.busy:
@@ -325,8 +325,8 @@ class Store:
                 try:
                     lock.busy = True
                     lock.acquire()
-                    if not write.put_new(log, key, value):
-                        self._run(log, write.put, key, value)
+                    if flags or not write.put_new(log, key, value):
+                        self._run(log, write.put, key, value, flags, expiry)
                     self._wrote = True
                 finally:
                     lock.busy = False

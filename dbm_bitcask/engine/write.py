@@ -128,11 +128,11 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     return True
 
 
-def put(log: Log, key: bytes, value: bytes) -> None:
-    """Set a key."""
+def put(log: Log, key: bytes, value: bytes, flags: int = 0, expiry: int = 0) -> None:
+    """Set a key to a value, which is stored as it is and flagged so."""
     place = locate(log, key, room=True)
-    start, length, checksum = append(log, 0, key, value)
-    publish(log, place, start, length, checksum, flags=0)
+    start, length, checksum = append(log, flags, key, value, expiry=expiry)
+    publish(log, place, start, length, checksum, flags=flags)
 
 
 def delete(log: Log, key: bytes) -> bool:
