@@ -9,7 +9,7 @@ from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .engine.errors import CLOSED, FlagError, NotFoundError, as_error, error
-from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database
+from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database, lifetime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -160,6 +160,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
     Keys and values may be given as str (stored in UTF-8) or as any bytes-like object; they come back as bytes. Besides what every mutable
     mapping has:
 
+        set, ttl, touch          keys that expire after some time
         firstkey, nextkey        walk the keys one call at a time, as with dbm.gnu
         iterkeys                 the same as iter, as with dbm.dumb
         sync, close              make durable; end the use (also as a context manager)
@@ -240,7 +241,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         return self._call(store.contains, _as_bytes(key, "keys"))
 
     def __setitem__(self, key: Bytes, value: Bytes) -> None:
-        """Set a key. O(1): one record is appended."""
+        """Set a key, for ever. O(1): one record is appended."""
         if self._store.closed or not self._writable:
             self._writable_store()
         if type(key) is not bytes:
@@ -255,6 +256,41 @@ class Database(_Container, MutableMapping[bytes, bytes]):
             raise
         except OSError as failure:
             raise as_error(failure, self._path) from failure
+
+    def set(self, key: Bytes, value: Bytes, ttl: float | None = None) -> None:
+        """Set a key; with `ttl`, for so many seconds from now on, after which it is gone for every process at once. O(1).
+
+        The end is a moment of the system's clock, which all processes share, to the millisecond. So it outlives reopening, merges and
+        backups; if the clock is set forward, the key goes early; if it is set back, it lives longer, and a key that had expired is there
+        again, unless a merge has deleted it. What was written last is never decided by a clock. Whatever else sets the key takes its time
+        to live away.
+
+        ValueError if `ttl` is not above 0, or above 292 million years; TypeError if it is no number.
+
+        >>> import dbm_bitcask, os, tempfile
+        >>> db = dbm_bitcask.open(os.path.join(tempfile.mkdtemp(), "example"))
+        >>> db.set("session", "ada", ttl=1800)
+        >>> 1790 < db.ttl("session") <= 1800
+        True
+        """
+        store = self._writable_store()
+        key, value = _as_bytes(key, "keys"), _as_bytes(value, "values")
+        _require_size(len(key) + len(value))
+        self._call(store.set, key, value, *lifetime(ttl))
+
+    def ttl(self, key: Bytes) -> float | None:
+        """The seconds that are left to a key, above 0; None if it does not expire; KeyError if it is not there. O(1), verified."""
+        return self._call(self._open_store().ttl, _as_bytes(key, "keys"))
+
+    def touch(self, key: Bytes, ttl: float | None) -> None:
+        """Let a key live for `ttl` seconds from now on, or for ever if that is None; KeyError if it is not there.
+
+        The value is not changed, but its record is appended again: O(bytes of it). `ttl` is as `set` takes it.
+        """
+        store = self._writable_store()
+        key = _as_bytes(key, "keys")
+        if not self._call(store.touch, key, ttl):
+            raise KeyError(key)
 
     def __delitem__(self, key: Bytes) -> None:
         """Delete a key; KeyError if it is not there. O(1): a tombstone is appended."""
@@ -288,7 +324,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
     # All keys.
 
     def __len__(self) -> int:
-        """The number of keys. O(1)."""
+        """The number of keys; those that have expired count until a merge deletes them. O(1)."""
         return self._call(self._open_store().__len__)
 
     def __iter__(self) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ ROWS = [
     {"log", "contents"},
     {"segment", "keydir", "lookup", "lock"},
     {"page", "hint"},
-    {"portable"},
+    {"portable", "expiry"},
     {"record", "manifest", "header"},
     {"names", "files"},
     {"errors"},

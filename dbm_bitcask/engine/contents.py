@@ -90,9 +90,9 @@ def mapped_hint(directory: Directory, entry: Entry) -> Buffer | None:
     return buffer if hint.is_bound(buffer, entry) else None
 
 
-def hinted_keys(buffer: Buffer) -> Iterator[tuple[int, int, bytes]]:
-    """(offset, flags, key) of the records in a hint."""
-    return ((offset, flags, key) for offset, _, flags, key, _ in hint.decode(buffer))
+def hinted_keys(buffer: Buffer) -> Iterator[tuple[int, int, bytes, int]]:
+    """(offset, flags, key, expiry) of the records in a hint."""
+    return ((offset, flags, key, expiry) for offset, _, flags, key, expiry in hint.decode(buffer))
 
 
 def read_keys(directory: Directory, entry: Entry) -> Iterator[Hint] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 from . import files, lookup, manifest, names, record, segment
 from . import header as at
 from .errors import CLOSED, CorruptionError, NotFoundError, as_error, error
+from .expiry import is_expired
 from .header import MASK32
 from .lock import lock_of, renew_after_fork
 from .page import Damaged, locations
@@ -348,14 +349,19 @@ class Log:
         """The value of a key, or None: the whole of a search, whatever the state of the handle."""
         while True:
             epoch = self.epoch
-            location = self.find(key)
+            match = self.look_up(key)
             try:
-                return None if location is None else self.read(location).value
+                return None if match is None else (match[1] or self.read(match[0])).value
             except Gone as gone:
                 self.require_change(epoch, gone)
 
     def find(self, key: bytes) -> int | None:
         """The location of a key, or None if it is not there. Right without the lock."""
+        match = self.look_up(key)
+        return None if match is None else match[0]
+
+    def look_up(self, key: bytes) -> tuple[int, record.Record | None] | None:
+        """The location of a key, and its record if that is one that expires; None if the key is not there. Right without the lock."""
         self.look_beside()
         while True:
             if not self.is_current():
@@ -363,7 +369,7 @@ class Log:
             epoch, table = self.epoch, self.keydir.table
             words = table.words
             try:
-                location = self._match(key, locations(table, key))
+                location, found = self._match(key, locations(table, key))
             except Damaged:
                 if words[at.EPOCH] == epoch:
                     self.recover(damaged=True)
@@ -376,16 +382,18 @@ class Log:
                     raise
                 continue
             if words[at.EPOCH] == epoch == self.epoch:
-                self.require_undamaged(location or 0)
-                return location
+                self.require_undamaged(location)
+                return (location, found) if location and not (found and is_expired(found)) else None
 
-    def _match(self, key: bytes, candidates: list[int]) -> int | None:
+    def _match(self, key: bytes, candidates: list[int]) -> tuple[int, record.Record | None]:
         for location in candidates:
             if location and location >> 32 in self.held[0]:
-                if self.peek(location).key == key:
-                    return location
+                found = self.peek(location)
+                if found.key == key:
+                    # No key is called gone by bytes that were not verified.
+                    return location, self.read(location) if found.flags & record.EXPIRES else None
                 self.read(location)  # another key with this hash, or damage
-        return None
+        return 0, None
 
     def require_undamaged(self, location: int = 0) -> None:
         """Raise if a record was lost whose key is not known, and what stands at this location, or is not there, may be older."""

@@ -5,7 +5,7 @@ For each victim, oldest first:
     1. In slices under the lock: each record that its slot still points at is appended again at the tail. The order in the log stays the
        only order, so an old value never comes back over a newer one. A crash leaves some records copied and the victim listed.
     2. A tombstone is dropped if no listed segment is older than its own; else it is appended again if its key is still absent. Dropping
-       it earlier would bring an older value back at the next rebuild.
+       it earlier would bring an older value back at the next rebuild. A tombstone takes the place of a record that has expired.
     3. Sync the active segment: what was copied is durable before the victim goes.
     4. If nothing in the victim counts any more, commit a manifest without it, and unlink it. A crash between the two leaves a file that
        nobody lists; the next writer removes it.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import contents, rotation, segment, write
 from . import header as at
+from .expiry import expired_bytes, now
 from .header import MASK32
 from .record import TOMBSTONE
 
@@ -72,6 +73,7 @@ def _seal_if_worth(log: Log) -> int:
     row = log.rows[log.manifest.active.id]
     words = log.keydir.words
     dead = words[row + at.ROW_DEAD] + (log.keydir.counter(at.TOMBSTONES) if _can_tombstones_go(log) else 0)
+    dead += expired_bytes(words, row, now())
     length = log.keydir.counter(at.TAIL) & MASK32
     if dead * _WORTH >= length:
         rotation.rotate(log)
@@ -88,8 +90,9 @@ def _victims(log: Log) -> list[Entry]:
         return list(sealed)
     small = [entry for entry in sealed if entry.length < log.segment_size // 2]
     victims: list[Entry] = []
+    moment = now()
     for number, entry in enumerate(sealed):
-        gone = words[rows[entry.id] + at.ROW_DEAD] - rotation.SEAL_LENGTH
+        gone = words[rows[entry.id] + at.ROW_DEAD] - rotation.SEAL_LENGTH + expired_bytes(words, rows[entry.id], moment)
         if number == len(victims):
             gone += words[rows[entry.id] + at.ROW_TOMBSTONES]
         if gone * _WORTH >= entry.length or (entry in small and len(small) > 1):

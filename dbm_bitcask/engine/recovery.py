@@ -32,12 +32,13 @@ from typing import TYPE_CHECKING
 from . import contents, names, record, rotation, segment, write
 from . import header as at
 from .errors import error
+from .expiry import note
 from .header import MASK32, PAGE_SIZE
 from .keydir import Keydir, map_words
 from .log import Log, read_manifest
 from .manifest import Entry
 from .page import key_hash, probe
-from .record import MARK, SEAL, SYNCED, TOMBSTONE
+from .record import EXPIRES, MARK, SEAL, SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -427,6 +428,7 @@ class _Builder:
         self.count = 0
         self.live: dict[int, int] = {}
         self.tombstones: dict[int, int] = {}
+        self.expiring: dict[int, list[int]] = {}  # rows that hold nothing else
 
     def apply(self, number: int, key: Hint) -> None:
         keydir, live = self.keydir, self.live
@@ -447,6 +449,8 @@ class _Builder:
                 keydir.store(slot, hashed, 0)
             return
         live[number] = live.get(number, 0) + key.size
+        if key.flags & EXPIRES:
+            note(self.expiring.setdefault(number, [0] * at.ROW_WORDS), 0, key.size, key.expiry)
         self.count += 0 if old else 1
         keydir.store(slot, hashed, number << 32 | key.offset)
 
@@ -474,6 +478,8 @@ def _store_tallies(log: Log, keydir: Keydir, builder: _Builder, end: int) -> Non
     for entry in log.manifest.segments:
         row = rows[entry.id]
         tombstones = builder.tombstones.get(entry.id, 0)
+        for word, expiring in enumerate(builder.expiring.get(entry.id, ())[at.ROW_EXPIRING :], row + at.ROW_EXPIRING):
+            words[word] = expiring
         length = (entry.length or end) - segment.FIRST_RECORD
         words[row + at.ROW_DEAD] = length - builder.live.get(entry.id, 0) - tombstones
         if entry.id != active:

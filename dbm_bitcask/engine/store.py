@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 from . import backup, contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
+from .expiry import is_expired, lifetime, now
 from .header import PAGE_SIZE
 from .log import Gone, Log, Options, read_manifest
 from .manifest import MARKER, Entry, Manifest
 from .page import SLOTS, Damaged
 from .portable import open_directory
-from .record import ALIGNMENT, EXPIRES, LIMIT, record_length
+from .record import ALIGNMENT, EXPIRES, LIMIT, SYNCED, record_length
 from .syncer import Syncer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from .files import Directory, File
 
-__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database", "may_be_database"]
+__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database", "lifetime", "may_be_database"]
 
 Result = TypeVar("Result")
 
@@ -261,7 +262,7 @@ class Store:
     # Reading.
 
     def __len__(self) -> int:
-        """The number of keys. O(1)."""
+        """The number of keys; those that have expired count until a merge. O(1)."""
         count = self._count()
         self.log.require_undamaged()
         return count
@@ -287,7 +288,8 @@ class Store:
         """The value of a key that a walk found at a location, or None if it is gone since."""
         if location >> 32 in self.log.entries:
             try:
-                return self.log.read(location).value
+                found = self.log.read(location)
+                return None if is_expired(found) else found.value
             except Gone:
                 pass
         return self.log.get(key)
@@ -309,6 +311,14 @@ class Store:
         if location is None:
             raise KeyError(key)
         return (other for other, _ in walk.walk(self.log, location) if other != key)
+
+    def ttl(self, key: bytes) -> float | None:
+        """The seconds for which a key will be there, None if for ever; KeyError if it is not there."""
+        match = self.log.look_up(key)
+        if match is None:
+            raise KeyError(key)
+        expiry = match[1].expiry if match[1] else 0
+        return max(expiry - now(), 1) / 1000 if expiry else None
 
     # Writing.
 
@@ -334,6 +344,13 @@ class Store:
         if self.syncer.interval is not None:
             self.syncer.wrote()
 
+    def touch(self, key: bytes, ttl: float | None) -> bool:
+        """Give a key another time to live, from now on; False if it is not there. O(bytes of its value)."""
+        found = self.locked(_touch, key, *lifetime(ttl))
+        if found:
+            self.syncer.wrote()
+        return found
+
     def delete(self, key: bytes) -> bool:
         """Delete a key; False if it is not there. O(1)."""
         found = self.locked(write.delete, key)
@@ -351,11 +368,14 @@ class Store:
     def popitem(self) -> tuple[bytes, bytes] | None:
         """Delete some key, and return it with its value; None if there is none. A loop of these is linear in all."""
         while len(self):
+            start, moment = self._popped, (self.log.epoch, self.log.published())
             for key, location in walk.walk(self.log, self._popped, hold=False):
                 self._popped = location
                 value = self.pop(key)
                 if value is not None:
                     return key, value
+            if not start and moment == (self.log.epoch, self.log.published()):
+                return None  # nobody wrote meanwhile: whatever is still counted has expired
             self._popped = 0
         return None
 
@@ -568,18 +588,35 @@ def _pop(log: Log, key: bytes) -> bytes | None:
     log.require_undamaged(place.location)
     if not place.location:
         return None
-    value = log.read(place.location).value
+    found = log.read(place.location)
+    if is_expired(found):
+        return None
     write.bury(log, place, key)
-    return value
+    return found.value
 
 
 def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
     place = write.locate(log, key, room=False)
     log.require_undamaged(place.location)
     if place.location:
-        return log.read(place.location).value
+        found = log.read(place.location)
+        if not is_expired(found):
+            return found.value
     write.put(log, key, default)
     return default
+
+
+def _touch(log: Log, key: bytes, flags: int, expiry: int) -> bool:
+    place = write.locate(log, key, room=False)
+    log.require_undamaged(place.location)
+    if not place.location:
+        return False
+    found = log.read(place.location)
+    if is_expired(found):
+        return False
+    if flags or found.flags & EXPIRES:
+        write.put(log, key, found.value, found.flags & ~(EXPIRES | SYNCED) | flags, expiry)
+    return True
 
 
 def _seal_slice(log: Log) -> bool:

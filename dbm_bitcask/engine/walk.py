@@ -7,6 +7,8 @@ A walk covers the log up to the tail T at its start, and asks the keydir about e
     the slot is before T                 skip it: the walk comes there, or was there
     the slot is at T or beyond           overwritten, or moved by a merge, since: yield the key once, and remember that
 
+A record that has expired is skipped, too, if the slot is its own, and so is one beyond T.
+
 So every key that is present all the time is met exactly once, and the walk ends, whatever happens meanwhile. The segments are mapped
 until they have been walked, so that a merge does not take them away. Memory: only keys that moved beyond T are remembered.
 
@@ -16,6 +18,7 @@ error, as it does where a record is damaged whose key the slot knows.
 
 from __future__ import annotations
 
+import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -24,10 +27,11 @@ from xxhash import xxh3_64_intdigest
 from . import contents, record, segment
 from . import header as at
 from .errors import error
+from .expiry import has_passed, is_expired
 from .header import BASE, MASK32
 from .log import Gone
 from .page import Damaged, locations
-from .record import BATCH, CHECKSUM_SIZE, EXTENDED, HEADER, TOMBSTONE
+from .record import BATCH, CHECKSUM_SIZE, EXPIRES, EXTENDED, HEADER, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["walk"]
 
+_EXPIRY = struct.Struct("<Q")
 _SKIPPED = contents.OVERHEAD | TOMBSTONE
 _FILES = 64  # that a walk keeps open where they cannot be mapped
 _BLOCK = 2**16  # bytes that are read first where they cannot be mapped: whoever wants one key needs no more
@@ -110,7 +115,7 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
     xxh3 = xxh3_64_intdigest
     epoch, (words, directory, shift, seed, checked) = log.epoch, log.keydir.table
     listed = held.entry.id in log.entries
-    for offset, flags, key in held.keys(first):
+    for offset, flags, key, expiry in held.keys(first):
         if flags & _SKIPPED:
             continue
         if words[at.EPOCH] != epoch:
@@ -129,12 +134,13 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
                     if place == hashed & 0x1FE:
                         break
                 if word == hashed and words[page + place + 1] == location:
-                    yield key, location
+                    if not flags & EXPIRES or not has_passed(expiry):
+                        yield key, location
                     continue
             except IndexError:  # the keydir has grown since
                 pass
         due = _due(log, key, location, tail, moved)
-        if due:
+        if due and not (due == location and flags & EXPIRES and has_passed(expiry)):
             yield key, due
 
 
@@ -149,7 +155,9 @@ def _due(log: Log, key: bytes, location: int, tail: int, moved: set[bytes]) -> i
         epoch = log.epoch
         try:
             for slot in slots:
-                if slot >= tail and log.peek(slot).key == key:
+                if slot >= tail and (found := log.peek(slot)).key == key:
+                    if found.flags & EXPIRES and is_expired(log.read(slot)):
+                        return 0
                     moved.add(key)
                     return slot
         except Gone as gone:
@@ -203,24 +211,24 @@ class Held:
         else:
             self.buffer = segment.map_one_of_many(file, self.end) if one_of_many else segment.map_segment(file, self.end)
 
-    def keys(self, first: int) -> Iterator[tuple[int, int, bytes]]:
-        """(offset, flags, key) of each record from `first` on, from the hint or verified; what does not verify is noted as damage."""
+    def keys(self, first: int) -> Iterator[tuple[int, int, bytes, int]]:
+        """(offset, flags, key, expiry) of each record from `first` on, from the hint or verified; what does not verify is damage."""
         hint = contents.mapped_hint(self._directory, self.entry) if first == segment.FIRST_RECORD else None
         return self._raw_keys(first) if hint is None else contents.hinted_keys(hint)
 
-    def _first_keys(self, offset: int) -> Iterator[tuple[int, int, bytes, int]]:
+    def _first_keys(self, offset: int) -> Iterator[tuple[int, int, bytes, int, int]]:
         """Those of the first records, with their ends, without reading more than a block; nothing of what is not as usual."""
         assert self.file is not None
         block, place = self.file.read(min(_BLOCK, self.end - offset), offset), 0
         with suppress(record.BadRecord):
             while (found := record.decode(block, place, self.entry.salt ^ offset + place)) and not found.flags & BATCH:
-                yield offset + place, found.flags, found.key, offset + found.end
+                yield offset + place, found.flags, found.key, found.expiry, offset + found.end
                 place = found.end
 
-    def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes, int]]:
         if self.file is not None:
-            for place, flags, key, offset in self._first_keys(offset):  # noqa: B007, B020  (from where it ends, the rest is read)
-                yield place, flags, key
+            for place, flags, key, expiry, offset in self._first_keys(offset):  # noqa: B007, B020  (from where it ends, the rest is read)
+                yield place, flags, key, expiry
         unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
         buffer = segment.map_segment(self.file, self.end) if self.file is not None else self.buffer
         assert buffer is not None
@@ -240,6 +248,8 @@ class Held:
                 offset = start + padding  # the records of the batch follow
                 continue
             if flags & EXTENDED:
-                start += 8
-            yield offset, flags, bytes(data[start : body + key_end])
+                (expiry,) = _EXPIRY.unpack_from(data, start)
+                yield offset, flags, bytes(data[start + _EXPIRY.size : body + key_end]), expiry
+            else:
+                yield offset, flags, bytes(data[start : body + key_end]), 0
             offset = after

@@ -21,11 +21,12 @@ from xxhash import xxh3_64_intdigest
 from . import header as at
 from . import record, rotation
 from .errors import CorruptionError
+from .expiry import is_expired, note
 from .files import fence
 from .header import BASE, COUNT, CURRENT, DIRTY, EPOCH, HELD_SINCE, HOLDER, MASK32, OTHER, START, STATE, SYNCED_TO, TOMBSTONES
 from .log import Gone
 from .page import FULL, PAGE_CHECKSUM, PAGE_COUNTS, SLOT_MASK, key_hash, probe
-from .record import BODY, CHECKSUM_SIZE, SYNCED, TOMBSTONE, ZEROS
+from .record import BODY, CHECKSUM_SIZE, EXPIRES, SYNCED, TOMBSTONE, ZEROS
 from .segment import FIRST_RECORD
 
 if TYPE_CHECKING:
@@ -138,10 +139,18 @@ def put(log: Log, key: bytes, value: bytes, flags: int = 0, expiry: int = 0) -> 
 def delete(log: Log, key: bytes) -> bool:
     """Delete a key; False if it is not there."""
     place = locate(log, key, room=False)
-    if not place.location:
+    if not place.location or _is_expired_at(log, place.location):
         return False
     bury(log, place, key)
     return True
+
+
+def _is_expired_at(log: Log, location: int) -> bool:
+    """Whether a key is gone though it has a slot. A damaged record is not: or its key could never be deleted."""
+    try:
+        return bool(log.peek(location).flags & EXPIRES) and is_expired(log.read(location))
+    except (CorruptionError, Gone):
+        return False
 
 
 def bury(log: Log, place: Place, key: bytes) -> None:
@@ -151,9 +160,14 @@ def bury(log: Log, place: Place, key: bytes) -> None:
 
 
 def keep(log: Log, location: int, found: record.Record) -> None:
-    """Append a record again if it counts: its slot points at it, or it is a tombstone whose key is still absent."""
+    """Append a record again if it counts: its slot points at it, or it is a tombstone whose key is still absent.
+
+    In the place of one that has expired stands a tombstone: what is older must not come back.
+    """
     place = locate(log, found.key, room=False)
-    if place.location == (0 if found.flags & TOMBSTONE else location):
+    if place.location == location and is_expired(found):
+        bury(log, place, found.key)
+    elif place.location == (0 if found.flags & TOMBSTONE else location):
         flags = found.flags & ~SYNCED
         start, length, checksum = append(log, flags, found.key, found.value, found.time, found.expiry)
         publish(log, place, start, length, checksum, flags=flags)
@@ -175,6 +189,8 @@ def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None =
     done = log.active.pwrite(data, offset)
     if done != length:
         log.active.write(data[done:], offset + done)
+    if flags & EXPIRES:
+        note(words, log.rows[tail >> 32], length, expiry)
     return tail, length, _U64.unpack_from(data)[0]
 
 
