@@ -199,6 +199,16 @@ def expired_record_is_passed_over_in_a_replay() -> None:
     )
 
 
+@mutant("test_redteam.py::test_older_value_under_a_key_that_expires_never_comes_back")
+def expired_record_is_dropped_by_a_merge_without_a_tombstone() -> None:
+    rewrite(
+        write,
+        "keep",
+        "        bury(log, place, found.key)\n",
+        "        publish(log, place, *append(log, record.MARK, b'', b''), flags=TOMBSTONE)\n",
+    )
+
+
 @mutant("test_redteam.py::test_ids_are_never_used_twice_by_a_new_database_over_an_unusable_index_either")
 def new_database_begins_with_the_first_id_again() -> None:
     rewrite(store.Store, "_replace", "max(old.next_id, *above) + 1", "1")

@@ -23,6 +23,7 @@ REASONS = {
         test_damaged_stores::test_key_whose_record_was_lost_has_no_older_value_after_a_repair_if_the_keydir_knew_it
         test_errors::test_check_reports_damage_and_raises_nothing_but_error
         test_errors::test_damaged_keydir_never_changes_what_is_read
+        test_expiry::test_counts_of_bytes_that_expire_may_be_anything
         test_interrupted::test_close_that_is_interrupted_at_any_line_can_be_called_again_and_loses_nothing
         test_open::test_mode_under_the_umask_is_that_of_every_file
         test_pitfalls::test_pitfall_10_length_in_a_record_that_does_not_verify_is_not_followed

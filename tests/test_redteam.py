@@ -20,10 +20,10 @@ import pytest
 
 import dbm_bitcask
 import mutants
-from by_hand import ITEMS, TINY, active, append, encoded, everything, fill, flip, is_free, lose_index, sealed
+from by_hand import ITEMS, TINY, active, append, encoded, everything, fill, flip, is_free, lose_index, rotate, sealed
 from children import fork, fork_and_wait
 from crashes import Machine, abandon, edited, freeze, thaw
-from dbm_bitcask.engine import contents, files, manifest, names, record, rotation, segment, store, write
+from dbm_bitcask.engine import contents, expiry, files, manifest, merge, names, record, rotation, segment, store, write
 from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.files import Directory
@@ -39,11 +39,8 @@ def machine(monkeypatch):
 
 
 FINDINGS = 36
-NOT_HERE = {
-    28: "nothing is dead by its age: when records expire",
-}
+NOT_HERE: dict[int, str] = {}
 PARTLY_HERE = {
-    10: "a merge that drops the tombstone under a key that expires later: when records expire",
     16: "a batch that is merged, or half published by a writer that dies: when batches are written",
     34: "others read a value before it is durable: that is so",
 }
@@ -641,6 +638,48 @@ def test_expired_record_never_brings_the_older_value_back(path):
         assert everything(path, flag).get(b"key") != b"older value"
 
 
+@pytest.mark.parametrize("merged", ["nothing", "all", "the tombstone", "the expired", "the tombstone, then the expired"])
+@pytest.mark.parametrize("clock", ["stays", "goes back"])
+def test_older_value_under_a_key_that_expires_never_comes_back(path, monkeypatch, merged, clock):
+    """Finding 10: by a replay without the expired record, a merge that drops it, or one that drops the tombstone before it."""
+    now = 1_700_000_000
+    monkeypatch.setattr(expiry, "time_ns", lambda: now * 1_000_000_000)
+    with dbm_bitcask.open(path, "c", segment_size=2**20) as db:
+        db[b"key"] = db[b"beside"] = b"older value"
+        rotate(db)
+        with_tombstone = "tombstone" in merged
+        if with_tombstone:
+            del db[b"key"]
+            rotate(db)
+        db.set(b"key", b"value", ttl=10)
+        rotate(db)
+        if with_tombstone:
+            merge_segment(db, -3)  # which does not keep it: the key is there
+            assert b"key" in db
+        now += 20
+        if "expired" in merged:
+            merge_segment(db, -2)
+        if merged == "all":
+            db.reorganize()
+        gone = merged == "all" or "expired" in merged
+        assert b"key" not in db
+    lose_index(path)
+    now -= 20 if clock == "goes back" else 0
+    for flag in "rw":
+        assert everything(path, flag).get(b"key") == (b"value" if clock == "goes back" and not gone else None)
+
+
+def merge_segment(db, number):
+    """Clean one segment, as they are listed, and drop it."""
+    log = db._log
+    victim = log.manifest.segments[number]
+    offset = segment.FIRST_RECORD
+    while offset < victim.length:
+        offset = db._store.locked(merge._copy_slice, victim, offset)
+    db._store.locked(merge._drop_if_empty, victim)
+    assert victim.id not in log.entries
+
+
 def test_moved_record_keeps_its_expiry(path):
     """Finding 10: a merge appends it as it is."""
     with dbm_bitcask.open(path, "c", **TINY) as db:
@@ -1236,6 +1275,22 @@ def _functions_that_close(source):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_database_of_nothing_but_keys_that_expire_is_merged(path, monkeypatch):
+    """Finding 28: nothing is ever overwritten, and yet bytes are dead."""
+    now = 1_700_000_000
+    monkeypatch.setattr(expiry, "time_ns", lambda: now * 1_000_000_000)
+    with dbm_bitcask.open(path, "c", **TINY) as db:
+        longest = 0
+        for turn in range(30):
+            for number in range(30):
+                db.set(b"key %d %d" % (turn, number), b"value" * 20, ttl=60)
+            now += 30
+            db.reorganize()
+            longest = max(longest, db.stats().log_bytes)
+            assert len(list(db)) == min(turn + 1, 1) * 30
+        assert longest < 6 * 30 * record.record_length(record.EXPIRES, 9, 100)
+
+
 def test_reader_lets_go_of_merged_segments_with_its_next_operation(path):
     """Finding 29: the space is not given back while somebody holds a map."""
 

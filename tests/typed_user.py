@@ -48,6 +48,12 @@ def use_a_database(path: Path) -> None:
             assert_type((key, value), tuple[bytes, bytes])
         for value in db.values():
             assert_type(value, bytes)
+        db.set("key", b"value")
+        db.set(b"key", "value", ttl=1.5)
+        db.set("key", "value", "10")  # type: ignore[arg-type]
+        assert_type(db.ttl("key"), float | None)
+        db.touch("key", 10)
+        db.touch("key", None)
         db.update({b"key": b"value"})
         db.update({"key": "value"}, other="value")
         db.update([("key", b"value"), (b"key", "value")])
