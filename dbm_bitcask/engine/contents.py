@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .files import Directory, File
     from .manifest import Entry
 
-__all__ = ["Damage", "OVERHEAD", "Reading", "hinted_keys", "mapped_hint", "read_keys", "torn_tail_at", "write_hint"]
+__all__ = ["Damage", "OVERHEAD", "Reading", "mapped_hint", "read_keys", "torn_tail_at", "write_hint"]
 
 OVERHEAD = SEAL | MARK | BATCH  # records without a key
 _BLOCK = 4096  # keys of a hint that are encoded at once
@@ -88,11 +88,6 @@ def mapped_hint(directory: Directory, entry: Entry) -> Buffer | None:
     except OSError:
         return None
     return buffer if hint.is_bound(buffer, entry) else None
-
-
-def hinted_keys(buffer: Buffer) -> Iterator[tuple[int, int, bytes, int]]:
-    """(offset, flags, key, expiry) of the records in a hint."""
-    return ((offset, flags, key, expiry) for offset, _, flags, key, expiry in hint.decode(buffer))
 
 
 def read_keys(directory: Directory, entry: Entry) -> Iterator[Hint] | None:

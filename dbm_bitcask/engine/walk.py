@@ -29,6 +29,7 @@ from . import header as at
 from .errors import error
 from .expiry import has_passed, is_expired
 from .header import BASE, MASK32
+from .hint import decode
 from .log import Gone
 from .page import Damaged, locations
 from .record import BATCH, CHECKSUM_SIZE, EXPIRES, EXTENDED, HEADER, TOMBSTONE
@@ -115,7 +116,7 @@ def _walk_segment(log: Log, held: Held, first: int, tail: int, moved: set[bytes]
     xxh3 = xxh3_64_intdigest
     epoch, (words, directory, shift, seed, checked) = log.epoch, log.keydir.table
     listed = held.entry.id in log.entries
-    for offset, flags, key, expiry in held.keys(first):
+    for offset, _, flags, key, expiry in held.keys(first):
         if flags & _SKIPPED:
             continue
         if words[at.EPOCH] != epoch:
@@ -211,24 +212,25 @@ class Held:
         else:
             self.buffer = segment.map_one_of_many(file, self.end) if one_of_many else segment.map_segment(file, self.end)
 
-    def keys(self, first: int) -> Iterator[tuple[int, int, bytes, int]]:
-        """(offset, flags, key, expiry) of each record from `first` on, from the hint or verified; what does not verify is damage."""
+    def keys(self, first: int) -> Iterator[tuple[int, int, int, bytes, int]]:
+        """What a hint has, of each record from `first` on, from the hint or verified; what does not verify is noted as damage."""
         hint = contents.mapped_hint(self._directory, self.entry) if first == segment.FIRST_RECORD else None
-        return self._raw_keys(first) if hint is None else contents.hinted_keys(hint)
+        return self._raw_keys(first) if hint is None else decode(hint)
 
-    def _first_keys(self, offset: int) -> Iterator[tuple[int, int, bytes, int, int]]:
-        """Those of the first records, with their ends, without reading more than a block; nothing of what is not as usual."""
+    def _first_keys(self, offset: int) -> Iterator[tuple[int, int, int, bytes, int]]:
+        """Those of the first records, without reading more than a block; nothing of what is not as usual."""
         assert self.file is not None
         block, place = self.file.read(min(_BLOCK, self.end - offset), offset), 0
         with suppress(record.BadRecord):
             while (found := record.decode(block, place, self.entry.salt ^ offset + place)) and not found.flags & BATCH:
-                yield offset + place, found.flags, found.key, found.expiry, offset + found.end
+                yield offset + place, found.end - place, found.flags, found.key, found.expiry
                 place = found.end
 
-    def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, bytes, int]]:
+    def _raw_keys(self, offset: int) -> Iterator[tuple[int, int, int, bytes, int]]:
         if self.file is not None:
-            for place, flags, key, expiry, offset in self._first_keys(offset):  # noqa: B007, B020  (from where it ends, the rest is read)
-                yield place, flags, key, expiry
+            for key in self._first_keys(offset):
+                yield key
+                offset = key[0] + key[1]  # from where it ends, the rest is read
         unpack, size, xxh3 = HEADER.unpack_from, HEADER.size, xxh3_64_intdigest
         buffer = segment.map_segment(self.file, self.end) if self.file is not None else self.buffer
         assert buffer is not None
@@ -249,7 +251,7 @@ class Held:
                 continue
             if flags & EXTENDED:
                 (expiry,) = _EXPIRY.unpack_from(data, start)
-                yield offset, flags, bytes(data[start + _EXPIRY.size : body + key_end]), expiry
+                yield offset, after - offset, flags, bytes(data[start + _EXPIRY.size : body + key_end]), expiry
             else:
-                yield offset, flags, bytes(data[start : body + key_end]), 0
+                yield offset, after - offset, flags, bytes(data[start : body + key_end]), 0
             offset = after
