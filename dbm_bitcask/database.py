@@ -236,7 +236,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         return default if value is None else value
 
     def __contains__(self, key: object) -> bool:
-        """Whether a key is there. O(1); the value is not read."""
+        """Whether a key is there. O(1); the value is not read, unless the key expires."""
         store = self._open_store()
         return self._call(store.contains, _as_bytes(key, "keys"))
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import dbm_bitcask
 from by_hand import everything, fill, flip, lose_index, rotate
 from children import fork_and_wait
-from crashes import Machine, abandon, edited
+from crashes import Machine, abandon, edited, freeze, thaw
 from dbm_bitcask.engine import expiry, names, record
 from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine.check import check
@@ -454,6 +454,38 @@ def test_key_that_was_set_as_its_process_died_expires(path, clock, monkeypatch):
             assert there
             return
     pytest.fail("it never ends")
+
+
+def test_merge_of_expired_keys_that_is_killed_at_any_step_brings_nothing_back(tmp_path, clock, monkeypatch, options):
+    made = tmp_path / "made"
+    db = dbm_bitcask.open(made, **options)
+    expected = {b"other %d" % number: b"stays" for number in range(10)}
+    db.update({**expected, **{b"key %d" % number: b"older" * 20 for number in range(30)}})
+    rotate(db)
+    for number in range(30):
+        db.set(b"key %d" % number, b"value" * 20, ttl=10)
+    rotate(db)
+    abandon(db)
+    frozen = freeze(made)
+    machine = Machine()
+    machine.install(monkeypatch)
+    for step in range(1, 10**9, 5):
+        path = thaw(frozen, tmp_path / str(step))
+        clock.seconds = START + 20
+        db = dbm_bitcask.open(path, **options)
+        died = machine.run(db.merge, step, killed=True)
+        abandon(db)
+        if step % 2:
+            lose_index(path)
+        for flag in "rw":
+            assert everything(path, flag) == expected
+        assert check(path) == []
+        clock.seconds = START  # what is there again is the newest
+        assert set(everything(path).values()) <= {b"stays", b"value" * 20}
+        shutil.rmtree(path)
+        if not died:
+            break
+    assert step > 100
 
 
 # The clock

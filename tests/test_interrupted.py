@@ -93,6 +93,8 @@ LONG = {
     "set that is synced": Operation(set_to(b"new", b"1"), set_to(b"new", b"1"), sync="always"),
     "pop": Operation(deleted(b"key 1"), deleted(b"key 1")),
     "setdefault": Operation(lambda db: db.setdefault(b"new", b"1"), set_to(b"new", b"1")),
+    "set for some time": Operation(lambda db: db.set(b"key 1", b"1", 10**6), set_to(b"key 1", b"1")),
+    "touch": Operation(lambda db: db.touch(b"key 1", 10**6)),
     "set that rotates": Operation(set_to(b"new", b"1" * 99), set_to(b"new", b"1" * 99), full_segment, **TINY),
     "delete that rotates": Operation(deleted(b"key 1"), deleted(b"key 1"), full_segment, **TINY),
     "clear": Operation(lambda db: db.clear(), lambda model: model.clear(), dead_segments, **TINY),

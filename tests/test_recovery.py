@@ -797,6 +797,8 @@ OPERATIONS = {
     "delete the only key": Operation(lambda db: db.__setitem__(b"new", b""), lambda db: db.__delitem__(b"new")),
     "pop": Operation(some, lambda db: db.pop(b"key 5")),
     "setdefault": Operation(some, lambda db: db.setdefault(b"new", b"value")),
+    "set for some time": Operation(some, lambda db: db.set(b"key 1", b"value", 10**6)),
+    "touch": Operation(some, lambda db: db.touch(b"key 5", 10**6)),
     "set that rotates": Operation(nearly_full_segment, lambda db: db.__setitem__(b"new", b"value" * 20), **TINY),
     "overwrite that rotates": Operation(nearly_full_segment, lambda db: db.__setitem__(b"key 1", b"value" * 20), **TINY),
     "delete that rotates": Operation(nearly_full_segment, lambda db: db.__delitem__(b"key 5"), **TINY),
