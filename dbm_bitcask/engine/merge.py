@@ -13,9 +13,9 @@ For each victim, a sealed segment:
        was copied is durable before the victim goes. A crash between commit and unlink leaves a file that nobody lists; the next writer
        removes it.
 
-The log is cleaned online by those who write. About one overwrite in 256, or more if they are large, pays for all of them with a slice
-(`pay`): which one, the checksum of its record says, so that short scripts take their part without any state. A slice frees twice the
-bytes that these writes stand for, and lasts for some milliseconds at most. The victim that is worked at, and how far, stands in the
+The log is cleaned online by those who make bytes dead. About one overwrite or deletion in 256, or more if they are large, pays for all of
+them with a slice (`pay`): which one, the checksum of its record says, so that short scripts take their part without any state. A slice
+frees twice the bytes that these writes stand for, and lasts for some milliseconds at most. The victim that is worked at, and how far, stands in the
 header as MERGE_CURSOR: processes continue each other's work. A new victim is chosen while half of the log is dead: the segment of which
 most is.
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .log import Log
     from .manifest import Entry
 
-__all__ = ["MergeResult", "is_due", "merge", "pay", "work"]
+__all__ = ["MergeResult", "merge", "pay", "work"]
 
 _SLICE = 256  # records that are looked at under one hold of the lock
 _MANY_TOMBSTONES = 4  # one over the part of the log from which on they are many
@@ -52,7 +52,7 @@ _WORTH = 64  # a victim gives back at least the 64th part of itself, or is small
 _WORTH_WRITING = 2**22  # bytes that may be dead whatever the rest: below, the fsyncs of a rotation would cost more than the space
 _MANY_SMALL = 32  # segments that there may be beyond those that the bytes of the log need
 _ONE_IN = 256  # writes, of which one pays for all
-_LARGE = 2**11  # bytes of a record; one of twice as many pays twice as often
+_LARGE = 2**11  # bytes that a write makes dead; one that makes twice as many pays twice as often
 _FREED_PER_BYTE = 2  # bytes that are looked at and dead, for each byte that is written while there is something to clean
 _LONGEST = 0.03  # seconds of one slice
 _LOOKS = 64  # segments that are surveyed for each write that pays
@@ -77,15 +77,23 @@ class _Survey(NamedTuple):
 # Online.
 
 
-def is_due(checksum: int, written: int) -> bool:
-    """Whether a write pays, whose record has this checksum and so many bytes: a choice at random that needs no state. O(1)."""
-    return checksum % _ONE_IN <= written // _LARGE
+def pay(log: Log, dead: int, *, rotated: bool) -> None:
+    """Clean a slice, if it is the turn of a write that made so many bytes dead: for it, and for those whose turn it is not.
+
+    Whoever has just begun a new segment pays in any case, which takes longer anyhow: or segments of few records would wait for long.
+    O(bytes that they made dead); O(segments) at times.
+    """
+    words = log.keydir.words
+    share = 1 + dead // _LARGE
+    if is_due(words[words[at.CURRENT] + at.CHECKSUM], share):
+        _clean_for(log, _FREED_PER_BYTE * dead * max(1, _ONE_IN // share), dead_part=2)
+    elif rotated:
+        _clean_for(log, _FREED_PER_BYTE * min(log.segment_size, _ONE_IN * _LARGE), dead_part=2)
 
 
-def pay(log: Log, written: int) -> None:
-    """Clean a slice for a write of so many bytes, and for those that did not pay. O(bytes that they wrote); O(segments) at times."""
-    writes = max(1, _ONE_IN // (1 + written // _LARGE))
-    _clean_for(log, _FREED_PER_BYTE * written * writes, dead_part=2)
+def is_due(checksum: int, share: int) -> bool:
+    """Whether it is the turn of a write whose record has this checksum, `share` of 256 times: at random, without any state."""
+    return checksum % _ONE_IN < share
 
 
 def work(log: Log) -> bool:

@@ -272,17 +272,13 @@ class Store:
         return result
 
     def _run_and_pay(self, log: Log, action: Callable[..., Result], *args: object) -> Result:
-        before = log.keydir.counter(at.TAIL)
+        active = log.manifest.active.id
+        log.made_dead = 0
         result = self._run(log, action, *args)
-        words = log.keydir.words
-        current = words[at.CURRENT]
-        tail = words[current + at.TAIL]
-        if tail != before and self._pays:
-            written = tail - before if tail >> 32 == before >> 32 else tail & at.MASK32
-            if merge.is_due(words[current + at.CHECKSUM], written):
-                # What the caller asked for is done: whatever fails here is for the next one to meet.
-                with suppress(OSError, Damaged, Gone):
-                    merge.pay(log, written)
+        if self._pays and (log.made_dead or log.manifest.active.id != active):
+            # What the caller asked for is done: whatever fails here is for the next one to meet.
+            with suppress(OSError, Damaged, Gone):
+                merge.pay(log, log.made_dead, rotated=log.manifest.active.id != active)
         return result
 
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:

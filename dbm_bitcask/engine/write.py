@@ -214,6 +214,7 @@ def publish(log: Log, place: Place, start: int, length: int, checksum: int, *, f
     if place.location:
         row = log.rows[place.location >> 32] + at.ROW_DEAD
         dead = words[row] + place.length
+        log.made_dead += place.length
     location = start
     if flags & TOMBSTONE:
         location = 0
