@@ -96,7 +96,8 @@ def test_manual_merge_is_left_to_the_user(path):
         assert db.stats().merged_at is not None
 
 
-def test_one_handle_cleans_for_another_that_does_not(path, every_write_pays):
+@pytest.mark.usefixtures("every_write_pays")
+def test_one_handle_cleans_for_another_that_does_not(path):
     with (
         dbm_bitcask.open(path, segment_size=SMALL, merge="manual") as careless,
         dbm_bitcask.open(path, segment_size=SMALL) as careful,
@@ -130,7 +131,8 @@ def test_short_scripts_continue_each_others_merge(path):
         assert db.stats().reclaimed_bytes > 2 * 2**20
 
 
-def test_next_process_goes_on_at_the_cursor(path, every_write_pays, monkeypatch):
+@pytest.mark.usefixtures("every_write_pays")
+def test_next_process_goes_on_at_the_cursor(path, monkeypatch):
     with dbm_bitcask.open(path, segment_size=SMALL, merge="manual") as db:
         for turn in range(3):
             fill(db, range(200), turn)
@@ -165,7 +167,8 @@ def test_cleaned_segments_go_with_the_next_rotation_at_no_price(db, path, monkey
     assert not (path / f"{victim.id:08x}.data").exists() or victim.id not in log.entries
 
 
-def test_active_segment_that_is_mostly_dead_is_sealed_early(path, monkeypatch, every_write_pays):
+@pytest.mark.usefixtures("every_write_pays")
+def test_active_segment_that_is_mostly_dead_is_sealed_early(path, monkeypatch):
     monkeypatch.setattr(merge, "_WORTH_WRITING", SMALL)
     with dbm_bitcask.open(path) as db:  # segments of 64 MiB
         for turn in range(50):

@@ -15,9 +15,9 @@ For each victim, a sealed segment:
 
 The log is cleaned online by those who make bytes dead. About one overwrite or deletion in 256, or more if they are large, pays for all of
 them with a slice (`pay`): which one, the checksum of its record says, so that short scripts take their part without any state. A slice
-frees twice the bytes that these writes stand for, and lasts for some milliseconds at most. The victim that is worked at, and how far, stands in the
-header as MERGE_CURSOR: processes continue each other's work. A new victim is chosen while half of the log is dead: the segment of which
-most is.
+frees twice the bytes that these writes stand for, and lasts for some milliseconds at most. The victim that is worked at, and how far,
+stands in the header as MERGE_CURSOR: processes continue each other's work. A new victim is chosen while half of the log is dead: the
+segment of which most is.
 
 Sources: Sheehy and Smith, Bitcask (2010), for merging; Rosenblum and Ousterhout, The Design and Implementation of a Log-Structured File
 System, ACM TOCS 10(1), 1992, for cleaning by the part that lives.
@@ -25,7 +25,7 @@ System, ACM TOCS 10(1), 1992, for cleaning by the part that lives.
 
 from __future__ import annotations
 
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["MergeResult", "merge", "pay", "work"]
 
 _SLICE = 256  # records that are looked at under one hold of the lock
+_BREATH = 0.0001  # seconds between two holds
 _MANY_TOMBSTONES = 4  # one over the part of the log from which on they are many
 _WORTH = 64  # a victim gives back at least the 64th part of itself, or is small enough to be joined with another
 _WORTH_WRITING = 2**22  # bytes that may be dead whatever the rest: below, the fsyncs of a rotation would cost more than the space
@@ -200,6 +201,7 @@ def merge(log: Log, locked: Callable[..., int], progress: Callable[[int, int], o
         offset = segment.FIRST_RECORD
         while 0 < offset < victim.length:
             offset = locked(_clean_slice, victim, offset)
+            sleep(_BREATH)  # or the lock would be taken again before anybody who waits for it is awake
             if progress is not None:
                 progress(done + offset, total)
         if offset:
