@@ -9,6 +9,7 @@ from time import monotonic, sleep
 
 import pytest
 
+import crashes
 import dbm_bitcask
 from children import run_python
 from dbm_bitcask.engine import header as at
@@ -25,9 +26,7 @@ def options():
 
 @pytest.fixture
 def every_write_pays(monkeypatch):
-    """As if there were very many: a slice of at most a few records for each change."""
-    monkeypatch.setattr(merge, "is_due", lambda _checksum, _share: True)
-    monkeypatch.setattr(merge, "_ONE_IN", 1)
+    crashes.every_write_pays(monkeypatch)
 
 
 def fill(db, numbers, turn=0, size=1000):
@@ -77,9 +76,9 @@ def test_overwrites_do_not_grow_the_log_without_bound(db, path, pattern):
 
 
 def test_deleting_everything_gives_the_space_back(db, path):
-    fill(db, range(2000))
+    fill(db, range(6000), size=300)
     before = log_bytes(path)
-    for number in range(2000):
+    for number in range(6000):
         del db[b"key %d" % number]
     assert log_bytes(path) < before / 2
     assert dict(db) == {}
