@@ -13,7 +13,7 @@ import crashes
 import dbm_bitcask
 from children import run_python
 from dbm_bitcask.engine import header as at
-from dbm_bitcask.engine import merge, rotation
+from dbm_bitcask.engine import merge, recovery, rotation
 from dbm_bitcask.engine.check import check
 
 SMALL = 64 * 1024
@@ -250,6 +250,38 @@ def test_tombstones_of_older_segments_stay(db, path):
     expected = dict(db)
     assert "key 3" not in db
     db.close()
+    require_same_without_keydir(path, expected)
+
+
+def test_keydir_that_is_made_anew_within_a_merge_brings_nothing_back(path):
+    """The first segment was cleaned but is still listed, and the second was looked at behind it: then nothing says so any more."""
+    with dbm_bitcask.open(path, segment_size=SMALL, merge="manual") as db:
+        db[b"victim"] = b"the old value"
+        fill(db, range(62))
+        db._store.locked(rotation.rotate)
+        fill(db, range(100, 130))
+        del db[b"victim"]
+        fill(db, range(200, 230))
+        db._store.locked(rotation.rotate)
+        fill(db, range(300))
+        first, second = db._log.manifest.segments[:2]
+
+        def clean(victim, offset, limit=10**6):
+            return db._store.locked(merge._clean_slice, victim, offset, limit)
+
+        assert clean(first, 32) == first.length
+        keydir = db._log.keydir
+        offset = clean(second, 32, 40)  # the tombstone is left, for the value goes before it
+        assert offset < second.length
+        db._store.locked(lambda log: recovery.rebuild(log))
+        while offset < second.length:
+            offset = db._store.locked(merge._clean_next, second, offset, keydir)
+            keydir = db._log.keydir
+        db._store.locked(merge._drop_cleaned)
+        assert second.id not in db._log.entries
+        assert first.id in db._log.entries
+        expected = dict(db)
+        assert b"victim" not in expected
     require_same_without_keydir(path, expected)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from .keydir import Keydir
     from .log import Log
     from .manifest import Entry
 
@@ -198,9 +199,11 @@ def merge(log: Log, locked: Callable[..., int], progress: Callable[[int, int], o
     total = sum(entry.length for entry in victims)
     done = cleaned = 0
     for victim in victims:
-        offset = segment.FIRST_RECORD
+        offset, keydir = segment.FIRST_RECORD, log.keydir
         while 0 < offset < victim.length:
-            offset = locked(_clean_slice, victim, offset)
+            offset = locked(_clean_next, victim, offset, keydir)
+            if offset == segment.FIRST_RECORD:
+                keydir = log.keydir
             sleep(_BREATH)  # or the lock would be taken again before anybody who waits for it is awake
             if progress is not None:
                 progress(done + offset, total)
@@ -250,6 +253,11 @@ def _are_tombstones_many(log: Log) -> bool:
     words, rows = log.keydir.words, log.rows
     tombstones = sum(words[rows[entry.id] + at.ROW_TOMBSTONES] for entry in log.manifest.segments[:-1])
     return bool((tombstones + log.keydir.counter(at.TOMBSTONES)) * _MANY_TOMBSTONES > rotation.total(log))
+
+
+def _clean_next(log: Log, victim: Entry, offset: int, keydir: Keydir) -> int:
+    """The next slice. A keydir that took the place of another knows of no segment that was cleaned: so what is behind them stays needed."""
+    return _clean_slice(log, victim, offset) if log.keydir is keydir else segment.FIRST_RECORD
 
 
 def _drop_cleaned(log: Log) -> int:
@@ -309,7 +317,8 @@ def _keep(log: Log, location: int, data: Buffer) -> None:
 
 
 def _finish(log: Log, victim: Entry, state: int) -> int:
-    words = log.keydir.words
-    words[log.rows[victim.id] + at.ROW_MERGED] = state ^ victim.salt
+    words, row = log.keydir.words, log.rows[victim.id] + at.ROW_MERGED
+    if words[row] ^ victim.salt not in (rotation.CLEANED, rotation.CLEANED_BEHIND):  # which others may rely on
+        words[row] = state ^ victim.salt
     words[at.MERGED_AT] = int(time()) & MASK32
     return 0 if state == rotation.KEPT else victim.length
