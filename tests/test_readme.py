@@ -34,6 +34,8 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "[b'frost', b'ice', b'snow']",
         "neige!",
         "b'ada' 1800 seconds left\nNone\n",
+        "True of 50 MB that were written",
+        "True after all at once",
     ):
         assert said in printed
 

@@ -675,8 +675,8 @@ def merge_segment(db, number):
     victim = log.manifest.segments[number]
     offset = segment.FIRST_RECORD
     while offset < victim.length:
-        offset = db._store.locked(merge._copy_slice, victim, offset)
-    db._store.locked(merge._drop_if_empty, victim)
+        offset = db._store.locked(merge._clean_slice, victim, offset)
+    db._store.locked(merge._drop_cleaned)
     assert victim.id not in log.entries
 
 

@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
     "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "promised_length",
-    "record_length",
+    "record_length", "with_flags",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")
 BODY = struct.Struct("<IIBxHI")  # the header without its checksum
+_FLAGS = struct.Struct("<H")
+_FLAGS_AT = struct.calcsize("<IIBx")  # in the body
 _PROMISE = struct.Struct("<8xIIBBH4x")
 _U64 = struct.Struct("<Q")
 CHECKSUM_SIZE = _U64.size
@@ -107,6 +109,12 @@ def encode(flags: int, key: bytes, value: bytes, seed: int, time: int, expiry: i
     padding = -size & 7
     body = BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding] + value
     return _U64.pack(xxh3_64_intdigest(body, seed)) + body
+
+
+def with_flags(body: bytes, flags: int) -> bytes:
+    """What stands behind the checksum of a record, with these flags instead of its own."""
+    own = _FLAGS.unpack_from(body, _FLAGS_AT)[0]
+    return body if own == flags else body[:_FLAGS_AT] + _FLAGS.pack(flags) + body[_FLAGS_AT + _FLAGS.size :]
 
 
 def decode_head(buffer: Buffer, offset: int) -> Head | None:
