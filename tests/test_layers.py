@@ -20,7 +20,7 @@ ROWS = [
     {"rotation"},
     {"log", "contents"},
     {"segment", "keydir", "lookup", "lock"},
-    {"page", "hint"},
+    {"page", "hint", "compression"},
     {"portable"},
     {"record", "manifest", "header"},
     {"names", "files"},

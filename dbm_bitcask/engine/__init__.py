@@ -10,6 +10,7 @@ The engine knows files and records. It knows nothing of dbm, str or pickle; it n
     log, contents                   the log with its index, as one handle holds them; what is in a segment
     segment, keydir, lookup, lock   one segment; the index; the hot path of a read; the writer lock
     page, hint                      a page of the index; the keys of a sealed segment
+    compression                     a value made smaller, and back
     record, manifest, header        the bytes of the others
     names, files, errors            file names; the operating system; what is raised
 

@@ -28,7 +28,7 @@ except ImportError:  # Windows, WASM: `portable` needs what is common to both la
     fcntl = resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
     from typing_extensions import Buffer
@@ -62,6 +62,7 @@ _MAPS = 65530  # that a process may have, unless vm.max_map_count says otherwise
 _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK if NATIVE else 0
 _FSYNC_FULL = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone does not reach the disk's platters
 _fdatasync = getattr(os, "fdatasync", os.fsync)
+_GATHERS = hasattr(os, "pwritev")
 
 # Linux: keep copy-on-write file systems from needing a new block for each page of the map that is written back (SIGBUS when full).
 _GET_FLAGS, _SET_FLAGS, _NO_COW = 0x80086601, 0x40086602, 0x00800000
@@ -140,7 +141,7 @@ class File(Descriptor):
             data += more
         return data
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: Buffer, offset: int) -> None:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:
@@ -148,6 +149,18 @@ class File(Descriptor):
             if not done:
                 raise error(errno.EIO, "nothing could be written", self.name)
             view, offset = view[done:], offset + done
+
+    def write_parts(self, parts: Sequence[Buffer], offset: int) -> None:
+        """Write all of `parts`, one behind the other, without putting them together first: with one system call where it takes them all."""
+        done = self._gather(parts, offset)
+        for part in parts:
+            view = memoryview(part)
+            self.write(view[done:], offset + min(done, len(view)))
+            done, offset = max(0, done - len(view)), offset + len(view)
+
+    def _gather(self, parts: Sequence[Buffer], offset: int) -> int:
+        """Write as much of `parts` as one system call takes: the number of bytes."""
+        return os.pwritev(self.fd, parts, offset) if _GATHERS else 0
 
     def sync_contents(self) -> None:
         """Make contents and length durable (fdatasync)."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["reader"]
 
+_LARGE = 2**13  # bytes of a record from which on to copy it takes longer than to look at it where it is
 _HEAD = struct.Struct("<QIIB")  # the beginning of a record's header, as far as a read needs it
 
 
@@ -64,9 +65,14 @@ def reader(
                     near = data[offset : offset + 192]  # one trip to memory for most records, instead of two
                     checksum, size, key_end, padding = unpack(near)
                     if size > 184:
+                        if size > _LARGE:
+                            view = memoryview(data)[offset + 8 : offset + 8 + size]
+                            if view[16:key_end] != key or xxh3(view, salt ^ offset) != checksum:
+                                return slow(key)
+                            return data[offset + 8 + key_end + padding : offset + 8 + size]
                         near = data[offset : offset + 8 + size]
                     body = near[8 : 8 + size]
-                    if xxh3(body, salt ^ offset) != checksum or body[16:key_end] != key:
+                    if body[16:key_end] != key or xxh3(body, salt ^ offset) != checksum:
                         return slow(key)
                     return body[key_end + padding :]
                 place = base | place + 2 & 0x1FE

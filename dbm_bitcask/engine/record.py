@@ -30,14 +30,19 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from typing_extensions import Buffer
+
+    Value: TypeAlias = bytes | memoryview
 
 __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
-    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "promised_length",
+    "Value", "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "encode_before",
+    "promised_length",
     "record_length",
 ]  # fmt: skip
 
@@ -69,11 +74,14 @@ class BadRecord(Exception):
 
 
 class Record(NamedTuple):
-    """A decoded record. `expiry` is in milliseconds, 0 if there is none; `end` is the offset behind it."""
+    """A decoded record. `expiry` is in milliseconds, 0 if there is none; `end` is the offset behind it.
+
+    `value` is a view of the bytes that it was decoded from, as it is stored there: who hands it to a user copies it once.
+    """
 
     flags: int
     key: bytes
-    value: bytes
+    value: Value
     time: int
     expiry: int
     end: int
@@ -97,16 +105,28 @@ def record_length(flags: int, key_size: int, value_size: int) -> int:
     return HEADER.size + (_U64.size if flags & EXTENDED else 0) + key_size + value_size + 7 & ~7
 
 
-def encode(flags: int, key: bytes, value: bytes, seed: int, time: int, expiry: int = 0) -> bytes:
+def encode(flags: int, key: bytes, value: Value, seed: int, time: int, expiry: int = 0) -> bytes:
     """The bytes of a record for the place that `seed` (salt ^ offset) names; `time` in seconds, `expiry` in milliseconds."""
+    body = _before_value(flags, key, len(value), time, expiry) + value
+    return _U64.pack(xxh3_64_intdigest(body, seed)) + body
+
+
+def encode_before(flags: int, key: bytes, value: Value, seed: int, time: int, expiry: int = 0) -> bytes:
+    """The bytes of the same record before its value: for a value that is too large to be copied beside them."""
+    before = _before_value(flags, key, len(value), time, expiry)
+    checksum = xxh3_64(before, seed)
+    checksum.update(value)
+    return _U64.pack(checksum.intdigest()) + before
+
+
+def _before_value(flags: int, key: bytes, value_size: int, time: int, expiry: int) -> bytes:
     key_end = BODY.size + len(key)
     if flags & EXTENDED:
         key_end += _U64.size
         key = _U64.pack(expiry) + key
-    size = key_end + len(value)
+    size = key_end + value_size
     padding = -size & 7
-    body = BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding] + value
-    return _U64.pack(xxh3_64_intdigest(body, seed)) + body
+    return BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding]
 
 
 def decode_head(buffer: Buffer, offset: int) -> Head | None:
@@ -144,4 +164,4 @@ def decode(buffer: Buffer, offset: int, seed: int) -> Record | None:
         raise BadRecord
     expiry = _U64.unpack_from(view, HEADER.size)[0] if flags & EXTENDED else 0
     key, value = view[head.key_start : head.key_end], view[head.key_end + padding : head.length]
-    return Record(flags, bytes(key), bytes(value), time, expiry, offset + head.length)
+    return Record(flags, bytes(key), value, time, expiry, offset + head.length)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import time
 from typing import TYPE_CHECKING, TypeVar
 
-from . import backup, contents, files, merge, names, recovery, rotation, segment, walk, write
+from . import backup, compression, contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
 from .header import PAGE_SIZE
@@ -90,6 +90,7 @@ class Store:
     def __init__(self, log: Log, sync: float | None = None) -> None:
         self.log = log
         self.syncer = Syncer(log, sync)
+        self.pack = compression.packer(log.compress)
         self.closed = False
         self._wrote = False
         self._popped = 0  # every key is at or behind this location, as far as this handle has popped them
@@ -109,6 +110,7 @@ class Store:
 
         `sync` is the number of seconds after which writes are durable: 0 for at once, None for not before they are asked to be.
         """
+        compression.packer(options.compress)  # an error before anything is made
         directory = _directory(path, options, create=create)
         store = cls(Log(directory, options, write=True), sync)
         return store._begin(lambda: store._under_lock(store._open, create))
@@ -116,6 +118,7 @@ class Store:
     @classmethod
     def open_new(cls, path: str, options: Options, sync: float | None) -> Store:
         """Open an empty database in the place of one that is there, or of an empty file. The old contents stay until the commit."""
+        compression.packer(options.compress)
         files.remove_empty_file(path)
         directory = _directory(path, options, create=True)
         store = cls(Log(directory, options, write=True), sync)
@@ -287,7 +290,7 @@ class Store:
         """The value of a key that a walk found at a location, or None if it is gone since."""
         if location >> 32 in self.log.entries:
             try:
-                return self.log.read(location).value
+                return self.log.value_of(self.log.read(location), location)
             except Gone:
                 pass
         return self.log.get(key)
@@ -313,8 +316,11 @@ class Store:
     # Writing.
 
     def set(self, key: bytes, value: bytes, flags: int = 0, expiry: int = 0) -> None:
-        """Set a key to a value, which is stored as it is and flagged so. O(1)."""
+        """Set a key to a value; `flags` are those of its record but for how the value is compressed. O(1)."""
         log = self.log
+        if log.compress is not None:  # before the lock is taken
+            packed, value = self.pack(value)
+            flags |= packed
         lock = log.lock
         if log.timeout is not None:
             self.locked(write.put, key, value, flags, expiry)
@@ -363,7 +369,7 @@ class Store:
         """The value of a key, which is set to `default` if it is not there."""
         value = self.log.get(key)
         if value is None:
-            value = self.locked(_setdefault, key, default)
+            value = self.locked(_setdefault, key, default, *self.pack(default))
             self.syncer.wrote()
         return value
 
@@ -568,17 +574,17 @@ def _pop(log: Log, key: bytes) -> bytes | None:
     log.require_undamaged(place.location)
     if not place.location:
         return None
-    value = log.read(place.location).value
+    value = log.value_of(log.read(place.location), place.location)
     write.bury(log, place, key)
     return value
 
 
-def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
+def _setdefault(log: Log, key: bytes, default: bytes, flags: int, packed: bytes) -> bytes:
     place = write.locate(log, key, room=False)
     log.require_undamaged(place.location)
     if place.location:
-        return log.read(place.location).value
-    write.put(log, key, default)
+        return log.value_of(log.read(place.location), place.location)
+    write.put(log, key, packed, flags)
     return default
 
 

@@ -30,12 +30,14 @@ from .segment import FIRST_RECORD
 
 if TYPE_CHECKING:
     from .log import Log
+    from .record import Value
 
 __all__ = ["Place", "append", "bury", "delete", "keep", "locate", "mark", "publish", "publish_mark", "put", "put_new", "settle"]
 
 _COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
 _KEY_START = BODY.size
+LARGE = 2**15  # bytes of a record from which on to put it together takes longer than to write it in parts
 
 
 class Place(NamedTuple):
@@ -103,6 +105,8 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     size += padding
     length = CHECKSUM_SIZE + size
     end = offset + length
+    if length > LARGE:
+        return False
     active = log.active
     if active.size() != offset or end > log.segment_size or counts & 0xFFFF >= FULL or words[base + PAGE_CHECKSUM] or not hashed:
         return False
@@ -159,7 +163,7 @@ def keep(log: Log, location: int, found: record.Record) -> None:
         publish(log, place, start, length, checksum, flags=flags)
 
 
-def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None = None, expiry: int = 0) -> tuple[int, int, int]:
+def append(log: Log, flags: int, key: bytes, value: Value, written: int | None = None, expiry: int = 0) -> tuple[int, int, int]:
     """Append a record at the tail, in a new segment if it does not fit: its location, length and checksum."""
     length = record.record_length(flags, len(key), len(value))
     words = log.keydir.words
@@ -171,10 +175,15 @@ def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None =
     if words[at.SYNCED_TO] == tail:
         flags |= SYNCED
     offset = tail & MASK32
-    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) & MASK32 if written is None else written, expiry)
-    done = log.active.pwrite(data, offset)
-    if done != length:
-        log.active.write(data[done:], offset + done)
+    written = int(time()) & MASK32 if written is None else written
+    if length > LARGE:
+        data = record.encode_before(flags, key, value, log.salt ^ offset, written, expiry)
+        log.active.write_parts((data, value), offset)
+    else:
+        data = record.encode(flags, key, value, log.salt ^ offset, written, expiry)
+        done = log.active.pwrite(data, offset)
+        if done != length:
+            log.active.write(data[done:], offset + done)
     return tail, length, _U64.unpack_from(data)[0]
 
 
