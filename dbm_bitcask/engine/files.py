@@ -123,7 +123,9 @@ class Descriptor:
 
 
 class File(Descriptor):
-    """A regular file. `size()` and `pwrite(data, offset)` are the bare system calls: they stand in the path of every write."""
+    """A regular file. `size()`, `pwrite(data, offset)` and `pwritev(parts, offset)`, which writes parts that follow each other without
+    putting them together first, are the bare system calls: they stand in the path of every write.
+    """
 
     grows = grows_shared = True  # while other handles map it, too
 
@@ -133,6 +135,7 @@ class File(Descriptor):
         self._mapped = False
         self.size: Callable[[], int] = partial(os.lseek, self.fd, 0, os.SEEK_END)
         self.pwrite: Callable[[bytes, int], int] = partial(os.pwrite, self.fd)
+        self.pwritev: Callable[[Sequence[Buffer], int], int] = partial(os.pwritev, self.fd) if _GATHERS else _write_nothing
 
     def read(self, length: int, offset: int) -> bytes:
         """At most `length` bytes from `offset`; fewer only where the file ends."""
@@ -150,17 +153,12 @@ class File(Descriptor):
                 raise error(errno.EIO, "nothing could be written", self.name)
             view, offset = view[done:], offset + done
 
-    def write_parts(self, parts: Sequence[Buffer], offset: int) -> None:
-        """Write all of `parts`, one behind the other, without putting them together first: with one system call where it takes them all."""
-        done = self._gather(parts, offset)
+    def write_rest(self, parts: Sequence[Buffer], offset: int, done: int) -> None:
+        """Write what `pwritev`, which wrote `done` bytes, has left of `parts`."""
         for part in parts:
             view = memoryview(part)
             self.write(view[done:], offset + min(done, len(view)))
             done, offset = max(0, done - len(view)), offset + len(view)
-
-    def _gather(self, parts: Sequence[Buffer], offset: int) -> int:
-        """Write as much of `parts` as one system call takes: the number of bytes."""
-        return os.pwritev(self.fd, parts, offset) if _GATHERS else 0
 
     def sync_contents(self) -> None:
         """Make contents and length durable (fdatasync)."""
@@ -229,6 +227,11 @@ class File(Descriptor):
             with contextlib.suppress(OSError):
                 flags = int.from_bytes(fcntl.ioctl(self.fd, _GET_FLAGS, bytes(8)), sys.byteorder)
                 fcntl.ioctl(self.fd, _SET_FLAGS, (flags | _NO_COW).to_bytes(8, sys.byteorder))
+
+
+def _write_nothing(parts: Sequence[Buffer], offset: int) -> int:  # noqa: ARG001
+    """Stands for a system call that is not there: `write_rest` does it all."""
+    return 0
 
 
 class Directory(Descriptor):

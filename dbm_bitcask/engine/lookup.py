@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["reader"]
 
-_LARGE = 2**13  # bytes of a record from which on to copy it takes longer than to look at it where it is
+_LARGE = 2**14  # bytes of a record from which on to copy it takes longer than to look at it where it is
 _HEAD = struct.Struct("<QIIB")  # the beginning of a record's header, as far as a read needs it
 
 

@@ -80,7 +80,8 @@ class File(files.File):
             os.lseek(self.fd, offset, os.SEEK_SET)
             return os.write(self.fd, data)
 
-    def _gather(self, parts: Sequence[Buffer], offset: int) -> int:  # noqa: ARG002  (one part after another: not every system has a call)
+    def pwritev(self, parts: Sequence[Buffer], offset: int) -> int:  # noqa: ARG002
+        """Nothing: not every system has a call for it, and `write_rest` does it all."""
         return 0
 
     def read(self, length: int, offset: int) -> bytes:

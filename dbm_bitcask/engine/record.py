@@ -43,7 +43,7 @@ __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
     "Value", "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "encode_before",
     "promised_length",
-    "record_length",
+    "record_length", "with_checksum",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")
@@ -113,7 +113,11 @@ def encode(flags: int, key: bytes, value: Value, seed: int, time: int, expiry: i
 
 def encode_before(flags: int, key: bytes, value: Value, seed: int, time: int, expiry: int = 0) -> bytes:
     """The bytes of the same record before its value: for a value that is too large to be copied beside them."""
-    before = _before_value(flags, key, len(value), time, expiry)
+    return with_checksum(_before_value(flags, key, len(value), time, expiry), value, seed)
+
+
+def with_checksum(before: bytes, value: Value, seed: int) -> bytes:
+    """The bytes of a record before its value, of those that stand between its checksum and the value."""
     checksum = xxh3_64(before, seed)
     checksum.update(value)
     return _U64.pack(checksum.intdigest()) + before

@@ -105,19 +105,25 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     size += padding
     length = CHECKSUM_SIZE + size
     end = offset + length
-    if length > LARGE:
-        return False
     active = log.active
     if active.size() != offset or end > log.segment_size or counts & 0xFFFF >= FULL or words[base + PAGE_CHECKSUM] or not hashed:
         return False
     flags = SYNCED if words[SYNCED_TO] == tail else 0
     now = int(time()) & MASK32
     words[HOLDER], words[HELD_SINCE] = log.lock.pid, now
-    body = BODY.pack(size, key_end, padding, flags, now) + key + ZEROS[padding] + value
-    checksum = xxh3_64_intdigest(body, log.salt ^ offset)
-    done = active.pwrite(_U64.pack(checksum) + body, offset)
-    if done != length:
-        active.write((_U64.pack(checksum) + body)[done:], offset + done)
+    body = BODY.pack(size, key_end, padding, flags, now) + key + ZEROS[padding]
+    if length > LARGE:
+        head = record.with_checksum(body, value, log.salt ^ offset)
+        done = active.pwritev((head, value), offset)
+        if done != length:
+            active.write_rest((head, value), offset, done)
+        (checksum,) = _U64.unpack_from(head)
+    else:
+        body += value
+        checksum = xxh3_64_intdigest(body, log.salt ^ offset)
+        done = active.pwrite(_U64.pack(checksum) + body, offset)
+        if done != length:
+            active.write((_U64.pack(checksum) + body)[done:], offset + done)
     other = current ^ OTHER
     _COUNTERS.pack_into(words, other * 8, tail + length, words[current + COUNT] + 1, words[current + TOMBSTONES], checksum, 0, 0)
     if fence:
@@ -178,7 +184,9 @@ def append(log: Log, flags: int, key: bytes, value: Value, written: int | None =
     written = int(time()) & MASK32 if written is None else written
     if length > LARGE:
         data = record.encode_before(flags, key, value, log.salt ^ offset, written, expiry)
-        log.active.write_parts((data, value), offset)
+        done = log.active.pwritev((data, value), offset)
+        if done != length:
+            log.active.write_rest((data, value), offset, done)
     else:
         data = record.encode(flags, key, value, log.salt ^ offset, written, expiry)
         done = log.active.pwrite(data, offset)
