@@ -87,6 +87,16 @@ def overwrites_and_rotations(run):
     run.close()
 
 
+def large_values(run):
+    run.open()
+    run.set(b"small", b"value")
+    run.set(b"large", b"0123456789" * 4000)  # written in parts
+    run.set(b"large", b"9876543210" * 4000)
+    run.synced()
+    run.delete(b"small")
+    run.close()
+
+
 def merges(run):
     run.open()
     for number in range(16):
@@ -147,7 +157,7 @@ def keydirs_made_anew(run):
         run.close()
 
 
-WORKLOADS = [overwrites_and_rotations, merges, clears_and_new_databases, short_sessions, splits, keydirs_made_anew]
+WORKLOADS = [overwrites_and_rotations, large_values, merges, clears_and_new_databases, short_sessions, splits, keydirs_made_anew]
 SYNCS = ["never", "always"]
 
 

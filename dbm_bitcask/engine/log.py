@@ -32,6 +32,7 @@ __all__ = ["LARGEST_MANIFEST", "Gone", "Log", "Options", "Peek", "read_manifest"
 Result = TypeVar("Result")
 
 LARGEST_MANIFEST = 2**28  # bytes: ten million segments
+LARGEST_VALUE = record.LIMIT  # bytes of one that was compressed
 _READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
 _FILES = 64  # that one handle keeps open where it cannot map them
 _REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
@@ -338,7 +339,7 @@ class Log:
         if not found.flags & compression.COMPRESSED:
             return bytes(found.value)
         try:
-            return compression.unpack(found.flags, found.value, record.LIMIT)
+            return compression.unpack(found.flags, found.value, LARGEST_VALUE)
         except compression.BadValue as bad:
             raise self.corrupt(location, "the value cannot be decompressed, although the record verifies; set or delete its key") from bad
 
