@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import random
+import sys
 import zlib
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import dbm_bitcask
 from by_hand import active, append, encoded, everything, lose_index, poke, rotate, sealed
+from children import run_python
 from dbm_bitcask.engine import compression, log, record
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.names import segment_name
@@ -49,7 +51,11 @@ def stored(db, key):
 
 @pytest.fixture
 def without_zstd(monkeypatch):
-    monkeypatch.setattr(compression, "_ZSTD_MODULES", ("no_such_module",))
+    lose_zstd(monkeypatch)
+
+
+def lose_zstd(monkeypatch):
+    monkeypatch.setitem(sys.modules, "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", None)
 
 
 # The bytes of a value.
@@ -260,7 +266,7 @@ def test_zstd_without_a_module_for_it_is_an_error_that_says_what_to_install_and_
 def test_zstd_value_is_an_error_where_it_cannot_be_read_and_everything_else_goes_on(path, monkeypatch):
     with dbm_bitcask.open(path, compress="zstd") as db:
         db.update({b"zstd": TEXT, b"small": b"value"})
-    monkeypatch.setattr(compression, "_ZSTD_MODULES", ("no_such_module",))
+    lose_zstd(monkeypatch)
     with dbm_bitcask.open(path, compress="zlib") as db:
         db[b"zlib"] = TEXT
         for look in (lambda: db[b"zstd"], lambda: db.get(b"zstd"), lambda: db.pop(b"zstd"), lambda: db.setdefault(b"zstd"), db.popitem):
@@ -275,11 +281,15 @@ def test_zstd_value_is_an_error_where_it_cannot_be_read_and_everything_else_goes
         assert dict(db) == {b"small": b"value", b"zlib": TEXT}
 
 
-def test_nothing_is_imported_for_a_compression_that_is_not_used(path, monkeypatch):
-    monkeypatch.setattr(compression.importlib, "import_module", None)
-    with dbm_bitcask.open(path, compress="zlib") as db:
-        db[b"key"] = TEXT
-        assert db[b"key"] == TEXT
+def test_zstd_is_not_imported_where_it_is_not_used(path):
+    script = """
+import sys, dbm_bitcask
+with dbm_bitcask.open(sys.argv[1], compress="zlib") as db:
+    db[b"key"] = bytes(1000)
+    assert db[b"key"] == bytes(1000)
+print([name for name in sys.modules if name.endswith("zstd")])
+"""
+    assert run_python(script, path).strip() == "[]"
 
 
 # What somebody made up, or what is wrong although its checksum is right.

@@ -13,7 +13,7 @@ space than that, and half the time of zlib's 1 (`python -m compat.figures.compre
 
 from __future__ import annotations
 
-import importlib
+import sys
 import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ SMALLEST = 256  # bytes of a value that is compressed
 _WORTH = 8  # a value is stored compressed if that saves this part of it
 _ZLIB_LEVEL = 1
 _ZSTD_LEVEL = 3
-_ZSTD_MODULES = ("compression.zstd", "backports.zstd")  # of Python 3.14 and later; of those before
 
 
 class BadValue(Exception):
@@ -86,9 +85,11 @@ def unpack(flags: int, data: Buffer, limit: int) -> bytes:
 
 
 def _zstd() -> Any:
-    for name in _ZSTD_MODULES:
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise error("there is no module for zstd before Python 3.14: install dbm-bitcask[zstd], or backports.zstd")
+    try:
+        if sys.version_info >= (3, 14):
+            import compression.zstd as zstd
+        else:
+            import backports.zstd as zstd  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise error("there is no module for zstd before Python 3.14: install dbm-bitcask[zstd], or backports.zstd") from None
+    return zstd

@@ -155,17 +155,19 @@ def promised_length(buffer: Buffer, offset: int) -> int:
 
 def decode(buffer: Buffer, offset: int, seed: int) -> Record | None:
     """The record at `offset` of `buffer`, or None if the buffer ends within it; `BadRecord` if it does not verify."""
-    view = memoryview(buffer)[offset:]
-    if len(view) < HEADER.size:
+    view = memoryview(buffer)
+    left = len(view) - offset
+    if left < HEADER.size:
         return None
-    head = decode_head(view, 0)
-    if head is None:
+    checksum, size, key_end, padding, flags, time = HEADER.unpack_from(view, offset)
+    key_start = BODY.size + (_U64.size if flags & EXTENDED else 0)
+    if not key_start <= key_end <= key_end + padding <= size or size & 7:
         raise BadRecord
-    if head.length > len(view):
+    start = offset + CHECKSUM_SIZE
+    if CHECKSUM_SIZE + size > left:
         return None
-    checksum, _, _, padding, flags, time = HEADER.unpack_from(view)
-    if xxh3_64_intdigest(view[CHECKSUM_SIZE : head.length], seed) != checksum or flags & ~_KNOWN:
+    body = view[start : start + size]
+    if xxh3_64_intdigest(body, seed) != checksum or flags & ~_KNOWN:
         raise BadRecord
-    expiry = _U64.unpack_from(view, HEADER.size)[0] if flags & EXTENDED else 0
-    key, value = view[head.key_start : head.key_end], view[head.key_end + padding : head.length]
-    return Record(flags, bytes(key), value, time, expiry, offset + head.length)
+    expiry = _U64.unpack_from(body, BODY.size)[0] if flags & EXTENDED else 0
+    return Record(flags, bytes(body[key_start:key_end]), body[key_end + padding :], time, expiry, start + size)
