@@ -14,7 +14,7 @@ import dbm_bitcask
 from by_hand import active, everything, lose_index, rotate
 from children import run_python
 from crashes import abandon
-from dbm_bitcask.engine import files, lookup, portable, record, write
+from dbm_bitcask.engine import files, lookup, record, write
 from dbm_bitcask.engine.check import check
 
 LARGE = write.LARGE
@@ -22,7 +22,6 @@ EDGES = sorted({edge + more for edge in (lookup._LARGE, LARGE, 2 * LARGE) for mo
 SIZES = [0, 1, 100, 1000, *EDGES, 300_000, 3_000_000]
 
 each_layer = pytest.mark.parametrize("layer", ["native", "portable"])
-needs_gathering = pytest.mark.skipif(portable.AUTO != "native" or not files._GATHERS, reason="there is no pwritev")
 
 
 def value(size, turn=0):
@@ -139,7 +138,6 @@ class Gathering:
         return getattr(os, name)
 
 
-@needs_gathering
 @pytest.mark.parametrize("new", [True, False], ids=["new key", "old key"])
 @pytest.mark.parametrize("most", [0, 1, 23, 24, 28, 29, 31, 32, 33, 40_000, 59_999, 60_032])
 def test_short_write_goes_on_where_it_ended(path, monkeypatch, most, new):
@@ -163,7 +161,6 @@ def test_short_write_goes_on_where_it_ended(path, monkeypatch, most, new):
     assert everything(path, "w") == {**{b"%d" % number: b"" for number in range(300)}, b"key": value(60_000), b"behind": b"value"}
 
 
-@needs_gathering
 @pytest.mark.parametrize("done", [0, 10, 32, 40_000, 60_024])
 def test_full_disk_in_the_middle_of_a_large_value_leaves_the_old_one(path, monkeypatch, done):
     def pwritev(fd, parts, offset):
@@ -275,14 +272,12 @@ print(sum(file.stat().st_size for file in Path(path).glob("*.data")))
 """
 
 
-@pytest.mark.skipif(portable.AUTO == "portable", reason="the portable layer reads a record, and a walk a segment, as a whole")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory that is no map of a file")
 def test_large_value_is_copied_once_by_a_get_and_never_else(place, amount):
     size = amount(sample=64 * 2**20, full=2**30, release=2**30)
     assert int(run_python(MEMORY, place / "db", size)) < 1_000_000
 
 
-@pytest.mark.skipif(portable.AUTO == "portable", reason="the portable layer reads a segment as a whole")
 def test_hint_and_scan_of_large_values_are_of_their_keys_only(path):
     with dbm_bitcask.open(path, segment_size=2**20) as db:
         db.update({b"key %d" % number: value(500_000, number) for number in range(6)})

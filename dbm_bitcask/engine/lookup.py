@@ -66,8 +66,10 @@ def reader(
                     checksum, size, key_end, padding = unpack(near)
                     if size > 184:
                         if size > _LARGE:
-                            view = memoryview(data)[offset + 8 : offset + 8 + size]
-                            if view[16:key_end] != key or xxh3(view, salt ^ offset) != checksum:
+                            body = data[offset + 24 : offset + 24 + len(key)]
+                            if body != key or key_end != 16 + len(key):
+                                return slow(key)
+                            if xxh3(memoryview(data)[offset + 8 : offset + 8 + size], salt ^ offset) != checksum:
                                 return slow(key)
                             return data[offset + 8 + key_end + padding : offset + 8 + size]
                         near = data[offset : offset + 8 + size]

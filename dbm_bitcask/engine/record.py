@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
-    "Value", "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "encode_before",
-    "promised_length",
-    "record_length", "with_checksum",
+    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "Value", "decode", "decode_head", "encode", "encode_before",
+    "promised_length", "record_length", "with_checksum",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")

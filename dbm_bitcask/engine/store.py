@@ -90,7 +90,7 @@ class Store:
     def __init__(self, log: Log, sync: float | None = None) -> None:
         self.log = log
         self.syncer = Syncer(log, sync)
-        self.pack = compression.packer(log.compress)
+        self.pack = compression.packer(log.compress if log.write else None)
         self.closed = False
         self._wrote = False
         self._popped = 0  # every key is at or behind this location, as far as this handle has popped them
