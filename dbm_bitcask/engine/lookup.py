@@ -3,7 +3,8 @@
 `reader` makes the function that answers `get` for one epoch of a handle: what it needs is bound once, not fetched at each call, and the
 function is replaced as a whole when the epoch moves. It decides the two ordinary cases, a verified hit and a valid miss. Everything else
 (another epoch, a segment not mapped yet, a record that does not verify, an expiring or compressed one, whose key does not begin where it
-looks) it leaves to `slow`, which does the whole search again. The masks are those of `header` and `page`, as constants.
+looks) it leaves to `slow`, which does the whole search again. The masks are those of `header` and `page`, as constants. What is large is
+verified in the map, and its value copied out of it once.
 
 The length of the function is the price of one call a get instead of five; `python -m compat.peers` shows what that is worth.
 """

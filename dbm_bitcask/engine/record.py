@@ -11,7 +11,7 @@ in milliseconds since 1970 (0: never), is there if EXPIRES, ZLIB or ZSTD is flag
 
     flags := TOMBSTONE   the key is deleted; no value
            | EXPIRES     the record counts as deleted from `expiry` on
-           | ZLIB, ZSTD  the value is compressed so
+           | ZLIB, ZSTD  the value is compressed so, as `compression` says
            | BATCH       the value is a run of whole records, to be taken together; no key
            | SEAL        the segment ends here; no key, no value
            | MARK        nothing but a place for SYNCED; no key, no value
