@@ -33,7 +33,7 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "23416728348467685 49 9 343 9 84 results",
         "[b'frost', b'ice', b'snow']",
         "neige!",
-        "31000 bytes in 200 of the log",
+        "31000 bytes; less than 1000 on the disk: True",
         "b'Many happy returns of the day.'",
     ):
         assert said in printed
