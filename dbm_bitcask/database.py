@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     ]  # fmt: skip
     Sync: TypeAlias = Literal["never", "always"] | float
     Files: TypeAlias = Literal["auto", "native", "portable"]
+    Merge: TypeAlias = Literal["auto", "thread", "manual"]
     Compression: TypeAlias = Literal["zlib", "zstd"]
 
 __all__ = ["Database", "open", "whichdb"]
@@ -49,6 +50,7 @@ def open(
     segment_size: int = 64 * 2**20,
     timeout: float | None = None,
     files: Files = "auto",
+    merge: Merge = "auto",
     compress: Compression | None = None,
 ) -> Database:
     """Open the database at `file`, a directory. Any number of processes and threads may have it open, and write.
@@ -67,6 +69,10 @@ def open(
     Windows, 32 bits, PyPy and network file systems; one process writes at a time, for as long as it has the database open; an open reads
     all keys, which then take memory; a fork does not share the handle) or "auto", the first that can be had.
 
+    `merge` says who gives back the space of what was overwritten and deleted. "auto": those who write, a few milliseconds now and then, so
+    that at most about half of the log is dead; "thread": they do, and besides a thread of this process while it is idle, down to a
+    quarter; "manual": whoever calls `merge` or `reorganize`.
+
     `compress` is "zlib", "zstd" (in the standard library from Python 3.14 on; before it needs `dbm-bitcask[zstd]`) or None: how this handle
     stores values of at least 256 bytes, each by itself, if that saves an eighth. It is in the record which it is: whoever reads needs no
     option, and handles with different ones may write.
@@ -84,6 +90,8 @@ def open(
         raise ValueError(f"timeout must be None or a number of seconds from 0 to {TIMEOUT_MAX:.0f}, not {timeout!r}")
     if files not in ("auto", "native", "portable"):
         raise ValueError(f"files must be 'auto', 'native' or 'portable', not {files!r}")
+    if merge not in ("auto", "thread", "manual"):
+        raise ValueError(f"merge must be 'auto', 'thread' or 'manual', not {merge!r}")
     if compress not in (None, "zlib", "zstd"):
         raise ValueError(f"compress must be 'zlib', 'zstd' or None, not {compress!r}")
     given = os.fsdecode(file)
@@ -91,7 +99,8 @@ def open(
         raise NotFoundError(2, "no database here", given)
     path = os.path.abspath(given)  # noqa: PTH100  (a later chdir must not change what messages say)
     try:
-        return _open(path, letter, Options(mode, segment_size, timeout, "u" in suffix, files, compress=compress), interval)
+        options = Options(mode, segment_size, timeout, "u" in suffix, files, merge, compress)
+        return _open(path, letter, options, interval)
     except NotFoundError as failure:
         failure.filename = given  # as the standard library's errors have it
         raise
@@ -377,9 +386,9 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         """
         self._call(self._writable_store().merge, progress)
 
-    def reorganize(self) -> None:
+    def reorganize(self, progress: Callable[[int, int], object] | None = None) -> None:
         """The name that the standard library has for `merge` since 3.15."""
-        self.merge()
+        self.merge(progress)
 
     def backup(self, path: Path, progress: Callable[[int, int], object] | None = None) -> None:
         """Make a database at `path` that is what this one is now, while others go on writing; it is durable when this returns.

@@ -78,16 +78,17 @@ def sealed_segment_is_listed_before_it_is_durable() -> None:
 
 @mutant(CRASHES)
 def merged_segment_goes_before_what_was_copied_is_durable() -> None:
-    rewrite(merge, "merge", "            log.durable(log.active.sync_contents)\n", "")
+    rewrite(merge, "merge", "            log.durable(log.active.sync_contents)  # not under the lock, if it can be had so\n", "")
+    rewrite(rotation, "drop", "log.durable(log.active.sync_contents)", "pass")
 
 
 @mutant(CRASHES)
 def merged_segment_goes_before_the_manifest() -> None:
     rewrite(
         rotation,
-        "relist",
-        "    commit(log, temporary, listed)\n",
-        "    log.directory.remove(names.segment_name(victim))\n    commit(log, temporary, listed)\n",
+        "drop",
+        "    _commit_list(log,",
+        "    _unlink(log, gone, reclaimed)\n    _commit_list(log,",
     )
 
 
@@ -257,7 +258,7 @@ def page_is_split_after_the_append() -> None:
 
 @mutant("test_merge.py::test_tombstone_stays_while_the_value_that_it_deletes_is_still_there", CRASHES)
 def tombstone_is_dropped_whatever_is_older() -> None:
-    rewrite(merge, "_copy_slice", "oldest = log.manifest.segments[0].id == victim.id", "oldest = True")
+    rewrite(rotation, "is_behind_cleaned", "return False", "return True")
 
 
 @mutant("test_redteam.py::test_few_tombstones_over_a_cold_segment_stay_where_they_are")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 import dbm_bitcask
+from crashes import every_write_pays
 from dbm_bitcask.engine import files, names, store
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.page import FULL
@@ -110,6 +111,22 @@ def merges(run):
     run.close()
 
 
+def online_merges(run):
+    with pytest.MonkeyPatch.context() as patch:
+        every_write_pays(patch)
+        run.open()
+        for number in range(24):
+            run.set(b"key %d" % (number % 5), b"%d " % number * 150)
+            if number % 8 == 7:
+                run.delete(b"key %d" % (number % 5))
+        run.synced()
+        run.set(b"large", b"l" * 5000)
+        for number in range(8):
+            run.set(b"key %d" % (number % 2), b"%d " % number * 250)
+        assert run.db.stats().reclaimed_bytes > SEGMENT
+        run.close()
+
+
 def clears_and_new_databases(run):
     run.open()
     for number in range(6):
@@ -157,7 +174,16 @@ def keydirs_made_anew(run):
         run.close()
 
 
-WORKLOADS = [overwrites_and_rotations, large_values, merges, clears_and_new_databases, short_sessions, splits, keydirs_made_anew]
+WORKLOADS = [
+    overwrites_and_rotations,
+    large_values,
+    merges,
+    online_merges,
+    clears_and_new_databases,
+    short_sessions,
+    splits,
+    keydirs_made_anew,
+]
 SYNCS = ["never", "always"]
 
 
@@ -301,6 +327,7 @@ def crash_again(crash, disk, models, path, seed):
         again.numbers[number] = disk.numbers[trial.restored.image.names[name]]
     with patches() as patch:
         again.install(patch)
+        every_write_pays(patch)
         patch.setattr(files, "boot_id", lambda: trial.boot)
         again.mark("begin", 1)
         with dbm_bitcask.open(path, "w", segment_size=SEGMENT) as db:

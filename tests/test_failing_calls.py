@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dbm_bitcask
-from crashes import abandon
+from crashes import abandon, every_write_pays
 from dbm_bitcask.engine import files, portable
 from dbm_bitcask.engine.check import check
 
@@ -142,6 +142,8 @@ class Run:
         self.look()
         self.do(lambda: self.db.merge())
         self.set(b"behind", b"the merge")
+        for number in range(9):
+            self.set(b"key %d" % (number % 3), b"%d " % number * 300)
         self.look()
         self.do(lambda: self.db.close())
         if not self.open("w"):
@@ -183,6 +185,7 @@ def test_every_call_fails(place, kind, for_ever, sync, amount, tally):
         failing.kind, failing.fails_at, failing.fails_to = kind, call, 10**9 if for_ever else call + 1
         with pytest.MonkeyPatch.context() as patch:
             failing.install(patch)
+            every_write_pays(patch)
             try:
                 run.work()
             except Exception as failure:

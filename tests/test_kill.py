@@ -17,6 +17,7 @@ import pytest
 
 import dbm_bitcask
 from children import fork
+from crashes import every_write_pays
 from dbm_bitcask.engine import contents, keydir, merge, recovery, rotation, segment, store, write
 from dbm_bitcask.engine.check import check
 
@@ -115,8 +116,12 @@ PLACES = [
     (rotation, "sweep"),
     (rotation, "relist"),
     (segment, "create"),
-    (merge, "_copy_slice"),
-    (merge, "_drop_if_empty"),
+    (merge, "_clean_slice"),
+    (merge, "_clean_for"),
+    (merge, "_finish"),
+    (rotation, "drop"),
+    (rotation, "_unlink"),
+    (write, "move"),
     (contents, "write_hint"),
     (keydir.Keydir, "split"),
     (keydir.Keydir, "_swing"),
@@ -200,6 +205,7 @@ def test_kills_within_what_is_rare_lose_nothing(place, monkeypatch, options, amo
     """Rotation, merge, hints, manifest, page splits, recovery, opening and closing, each at any line."""
     monkeypatch.setattr(store, "_CLEAN_KEYS", 0)
     monkeypatch.setattr(store, "_CLEAN_EVERY", -1.0)
+    every_write_pays(monkeypatch)
     path = place / "db"
     dbm_bitcask.open(path, "c", **options).close()
     bases = [{}]

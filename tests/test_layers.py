@@ -19,6 +19,7 @@ ROWS = [
     {"write"},
     {"rotation"},
     {"log", "contents"},
+    {"ticker"},
     {"segment", "keydir", "lookup", "lock"},
     {"page", "hint", "compression"},
     {"portable"},

@@ -15,7 +15,7 @@ TINY = 4096
 
 @pytest.fixture
 def options():
-    return {"segment_size": TINY}
+    return {"segment_size": TINY, "merge": "manual"}
 
 
 def fill(db, numbers, turn=0, size=300):
@@ -223,7 +223,7 @@ def test_order_of_the_log_stays_the_only_order(db, path):
 @pytest.fixture
 def deleted(path):
     """A key in a segment that is not worth merging, deleted in one that is; the key is not in the keydir any more."""
-    with dbm_bitcask.open(path, "c", segment_size=TINY) as db:
+    with dbm_bitcask.open(path, "c", segment_size=TINY, merge="manual") as db:
         fill(db, range(11), size=300)
         db[b"victim"] = b"the old value"
         while len(segments(path)) < 2:

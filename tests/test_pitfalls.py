@@ -50,8 +50,8 @@ def merge_only(db, number):
     victim = db._log.entries[number]
     offset = segment.FIRST_RECORD
     while 0 < offset < victim.length:
-        offset = db._store.locked(merge._copy_slice, victim, offset)
-    assert db._store.locked(merge._drop_if_empty, victim) == 1
+        offset = db._store.locked(merge._clean_slice, victim, offset)
+    assert db._store.locked(merge._drop_cleaned) == 1
 
 
 def test_pitfall_01_merge_of_some_segments_drops_no_tombstone(path):
@@ -166,14 +166,14 @@ def test_pitfall_05_newest_segment_without_a_key_is_counted(path):
 
 def test_pitfall_06_merge_never_reads_the_segment_that_is_written(path, monkeypatch):
     """It found out which one that was, and listed the directory; a rotation in between made it merge a segment that grew."""
-    looked_at, copy = [], merge._copy_slice
+    looked_at, copy = [], merge._clean_slice
 
-    def spy(log, victim, offset):
+    def spy(log, victim, *rest):
         looked_at.append(victim)
         assert victim.id != log.manifest.active.id
-        return copy(log, victim, offset)
+        return copy(log, victim, *rest)
 
-    monkeypatch.setattr(merge, "_copy_slice", spy)
+    monkeypatch.setattr(merge, "_clean_slice", spy)
     with dbm_bitcask.open(path, **TINY) as db, dbm_bitcask.open(path, **TINY) as other:
         fill(db, 100)
         fill(db, 60, turn=1)

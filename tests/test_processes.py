@@ -214,7 +214,7 @@ def test_child_of_a_fork_within_a_close_closes_without_waiting(path):
             signal.alarm(20)  # kills it
             db.close()
 
-        with db._store.syncer._stopped._cond:
+        with db._store.syncer._ticker.stopped._cond:
             fork_and_wait(close)
 
 

@@ -50,6 +50,7 @@ def test_signature_of_open():
         ("segment_size", 64 * 2**20, BY_NAME),
         ("timeout", None, BY_NAME),
         ("files", "auto", BY_NAME),
+        ("merge", "auto", BY_NAME),
         ("compress", None, BY_NAME),
     ]
 

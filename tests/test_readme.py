@@ -35,6 +35,8 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "neige!",
         "31000 bytes; less than 1000 on the disk: True",
         "b'Many happy returns of the day.'",
+        "True of 50 MB that were written",
+        "True after all at once",
     ):
         assert said in printed
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 import dbm_bitcask
-from crashes import freeze, thaw
+from crashes import every_write_pays, freeze, thaw
 from dbm_bitcask.engine import header, keydir, recovery, rotation
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.page import FULL, key_hash
@@ -301,6 +301,8 @@ class Schedule:
                 (self.path / name).write_bytes(data)
         with pytest.MonkeyPatch.context() as patch:
             self.scheduler.install(patch)
+            if self.choose.random() < 0.5:
+                every_write_pays(patch)
             self.start()
             self.scheduler.run()
             self.scheduler.install_for_nobody(patch)
@@ -692,7 +694,7 @@ COUNTED = [
     (keydir.Keydir, "split"),
     (keydir.Keydir, "_double"),
     (rotation, "rotate"),
-    (rotation, "relist"),
+    (rotation, "drop"),
     (recovery, "rebuild"),
     (recovery, "_repair"),
     (recovery, "open_private_keydir"),

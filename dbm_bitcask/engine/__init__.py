@@ -8,6 +8,7 @@ The engine knows files and records. It knows nothing of dbm, str or pickle; it n
     recovery                        how the log and its index are made whole again
     write, rotation                 how one operation changes them; how the list of segments changes
     log, contents                   the log with its index, as one handle holds them; what is in a segment
+    ticker                          a thread that does something now and then
     segment, keydir, lookup, lock   one segment; the index; the hot path of a read; the writer lock
     page, hint                      a page of the index; the keys of a sealed segment
     compression                     a value made smaller, and back

@@ -102,7 +102,9 @@ class Log:
         self.timeout = options.timeout
         self.write = write
         self.mode = options.mode
-        self.segment_size = options.segment_size
+        self.segment_size, self.merge = options.segment_size, options.merge
+        self.made_dead = 0  # bytes of records, by the operation that is being done
+        self.surveys_to_skip = 0  # by writes that pay for a merge, where looking at every segment takes its time
         self.compress = options.compress
         self.manifest: Manifest = manifest.Manifest(0, 1, ())
         self.entries: dict[int, Entry] = {}

@@ -1,36 +1,63 @@
 """Merge: cleans the log. Space of records that no slot points at is given back.
 
-For each victim, oldest first:
+For each victim, a sealed segment:
 
     1. In slices under the lock: each record that its slot still points at is appended again at the tail. The order in the log stays the
        only order, so an old value never comes back over a newer one. A crash leaves some records copied and the victim listed.
-    2. A tombstone is dropped if no listed segment is older than its own; else it is appended again if its key is still absent. Dropping
-       it earlier would bring an older value back at the next rebuild.
-    3. Sync the active segment: what was copied is durable before the victim goes.
-    4. If nothing in the victim counts any more, commit a manifest without it, and unlink it. A crash between the two leaves a file that
-       nobody lists; the next writer removes it.
+    2. A tombstone is dropped if every segment that is older than its own is cleaned already, and goes with it or before it; else it is
+       appended again if its key is still absent. Dropping it earlier would bring an older value back at the next rebuild.
+    3. When the last record has been looked at, the victim's row is marked as cleaned (`rotation.CLEANED`, `CLEANED_BEHIND`). Nothing in it
+       can come to count again. One with damage in it is marked as kept.
+    4. Whoever starts a new segment next leaves the cleaned ones out of the manifest that it commits, which costs nothing more; if they are
+       many, or somebody asked for the merge, they are dropped by a commit of their own. Before either the active segment is synced: what
+       was copied is durable before the victim goes. A crash between commit and unlink leaves a file that nobody lists; the next writer
+       removes it.
+
+The log is cleaned online by those who make bytes dead. About one overwrite or deletion in 256, or more if they are large, pays for all of
+them with a slice (`pay`): which one, the checksum of its record says, so that short scripts take their part without any state. A slice
+frees twice the bytes that these writes stand for, and lasts for some milliseconds at most. The victim that is worked at, and how far,
+stands in the header as MERGE_CURSOR: processes continue each other's work. A new victim is chosen while half of the log is dead: the
+segment of which most is.
+
+Sources: Sheehy and Smith, Bitcask (2010), for merging; Rosenblum and Ousterhout, The Design and Implementation of a Log-Structured File
+System, ACM TOCS 10(1), 1992, for cleaning by the part that lives.
 """
 
 from __future__ import annotations
 
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import contents, rotation, segment, write
+from xxhash import xxh3_64_intdigest
+
+from . import contents, record, rotation, segment, write
 from . import header as at
-from .header import MASK32
-from .record import TOMBSTONE
+from .header import BASE, MASK32
+from .page import SLOT_MASK
+from .record import BATCH, BODY, CHECKSUM_SIZE, HEADER, SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Buffer
+
+    from .keydir import Keydir
     from .log import Log
     from .manifest import Entry
 
-__all__ = ["MergeResult", "merge"]
+__all__ = ["MergeResult", "merge", "pay", "work"]
 
 _SLICE = 256  # records that are looked at under one hold of the lock
+_BREATH = 0.0001  # seconds between two holds
 _MANY_TOMBSTONES = 4  # one over the part of the log from which on they are many
 _WORTH = 64  # a victim gives back at least the 64th part of itself, or is small enough to be joined with another
+_WORTH_WRITING = 2**22  # bytes that may be dead whatever the rest: below, the fsyncs of a rotation would cost more than the space
+_MANY_SMALL = 32  # segments that there may be beyond those that the bytes of the log need
+_ONE_IN = 256  # writes, of which one pays for all
+_LARGE = 2**11  # bytes that a write makes dead; one that makes twice as many pays twice as often
+_FREED_PER_BYTE = 2  # bytes that are looked at and dead, for each byte that is written while there is something to clean
+_LONGEST = 0.03  # seconds of one slice
+_LOOKS = 64  # segments that are surveyed for each write that pays
 
 
 class MergeResult(NamedTuple):
@@ -40,38 +67,157 @@ class MergeResult(NamedTuple):
     reclaimed: int
 
 
+class _Survey(NamedTuple):
+    """What there is to clean: bytes of the log and of its dead records, without what is cleaned already; the best victim, and its gain."""
+
+    total: int
+    dead: int
+    victim: Entry | None
+    gain: float
+
+
+# Online.
+
+
+def pay(log: Log, dead: int, *, rotated: bool) -> None:
+    """Clean a slice, if it is the turn of a write that made so many bytes dead: for it, and for those whose turn it is not.
+
+    Whoever has just begun a new segment pays in any case, which takes longer anyhow: or segments of few records would wait for long.
+    O(bytes that they made dead); O(segments) at times.
+    """
+    words = log.keydir.words
+    share = 1 + dead // _LARGE
+    if is_due(words[words[at.CURRENT] + at.CHECKSUM], share):
+        _clean_for(log, _FREED_PER_BYTE * dead * max(1, _ONE_IN // share), dead_part=2)
+    elif rotated:
+        _clean_for(log, _FREED_PER_BYTE * min(log.segment_size, _ONE_IN * _LARGE), dead_part=2)
+
+
+def is_due(checksum: int, share: int) -> bool:
+    """Whether it is the turn of a write whose record has this checksum, `share` of 256 times: at random, without any state."""
+    return checksum % _ONE_IN < share
+
+
+def work(log: Log) -> bool:
+    """Clean a slice while there is nothing else to do, down to a quarter of dead bytes: False if there is nothing to clean."""
+    return _clean_for(log, log.segment_size, dead_part=4)
+
+
+def _clean_for(log: Log, budget: int, *, dead_part: int) -> bool:
+    """Clean until so many dead bytes have been seen, or the time is up; start with a new victim only if one over `dead_part` is dead."""
+    deadline = monotonic() + _LONGEST
+    words = log.keydir.words
+    if words[at.DAMAGED]:
+        return False  # or what may be older would be copied behind what was lost
+    while budget > 0:
+        cursor = words[at.MERGE_CURSOR]
+        victim = log.entries.get(cursor >> 32) or _choose(log, dead_part)
+        if victim is None:
+            return False
+        offset = cursor & MASK32 if cursor >> 32 == victim.id else segment.FIRST_RECORD
+        while 0 < offset < victim.length and budget > 0 and monotonic() < deadline:
+            before = log.keydir.counter(at.TAIL)
+            seen, offset = offset, _clean_slice(log, victim, offset, _SLICE // 8)
+            budget -= max(0, offset - seen - _distance(log, before))
+        words = log.keydir.words  # copying may have made it grow
+        finished = not 0 < offset < victim.length
+        words[at.MERGE_CURSOR] = 0 if finished else victim.id << 32 | offset
+        if not finished:
+            return True
+        _drop_if_many(log)
+    return True
+
+
+def _distance(log: Log, before: int) -> int:
+    """The bytes appended since the tail was there, as far as they are in the same segment."""
+    tail = log.keydir.counter(at.TAIL)
+    return tail - before if tail >> 32 == before >> 32 else 0
+
+
+def _choose(log: Log, dead_part: int) -> Entry | None:
+    """The segment that is to be cleaned next, if enough of the log is dead. O(segments), so not at every call if they are many."""
+    log.surveys_to_skip -= 1
+    if log.surveys_to_skip > 0:
+        return None
+    found = _survey(log)
+    least = min(log.segment_size, _WORTH_WRITING)
+    if found.dead < least or found.dead * dead_part < found.total:
+        log.surveys_to_skip = len(log.entries) // _LOOKS
+        return found.victim if _are_many(log, found.total) else None
+    active, length = log.manifest.active, log.keydir.counter(at.TAIL) & MASK32
+    dead = rotation.dead_bytes(log, active)
+    if dead * 2 >= max(length, least) and dead >= found.gain * length:
+        rotation.rotate(log)
+        return log.entries[active.id]
+    return found.victim
+
+
+def _survey(log: Log) -> _Survey:
+    words, rows = log.keydir.words, log.rows
+    active = log.manifest.active
+    total, dead = log.keydir.counter(at.TAIL) & MASK32, rotation.dead_bytes(log, active)
+    victim, gain, many = None, 0.0, _are_tombstones_many(log)
+    for entry in log.manifest.segments[:-1]:
+        state = words[rows[entry.id] + at.ROW_MERGED] ^ entry.salt
+        if state in (rotation.CLEANED, rotation.CLEANED_BEHIND):
+            continue
+        gone = rotation.dead_bytes(log, entry)
+        total += entry.length
+        dead += gone
+        if state == rotation.KEPT:
+            many = False  # tombstones behind it never go
+            continue
+        part = 2.0 if many and not victim else gone / entry.length
+        if part > gain:
+            victim, gain = entry, part
+    return _Survey(total, total if gain > 1 else dead, victim, gain)
+
+
+def _are_many(log: Log, total: int) -> bool:
+    return len(log.entries) > _MANY_SMALL + 4 * total // log.segment_size
+
+
+def _drop_if_many(log: Log) -> None:
+    """Drop what is cleaned by a commit of its own, if it is much: else the next rotation does."""
+    cleaned = rotation.cleaned(log)
+    if 8 * sum(log.entries[number].length for number in cleaned) >= rotation.total(log):
+        rotation.drop(log, cleaned)
+
+
+# All at once.
+
+
 def merge(log: Log, locked: Callable[..., int], progress: Callable[[int, int], object] | None = None) -> MergeResult:
     """Clean every segment that is worth it; `locked(action, ...)` runs an action under the lock. O(bytes of the victims).
 
     `progress(done, total)` is called now and then, in bytes.
     """
     locked(_seal_if_worth)
-    before = _total(log)
+    locked(_drop_cleaned)
+    before = rotation.total(log)
     victims = _victims(log)
     total = sum(entry.length for entry in victims)
     done = cleaned = 0
     for victim in victims:
-        offset = segment.FIRST_RECORD
+        offset, keydir = segment.FIRST_RECORD, log.keydir
         while 0 < offset < victim.length:
-            offset = locked(_copy_slice, victim, offset)
+            offset = locked(_clean_next, victim, offset, keydir)
+            if offset == segment.FIRST_RECORD:
+                keydir = log.keydir
+            sleep(_BREATH)  # or the lock would be taken again before anybody who waits for it is awake
             if progress is not None:
                 progress(done + offset, total)
         if offset:
-            log.durable(log.active.sync_contents)
-            cleaned += locked(_drop_if_empty, victim)
+            log.durable(log.active.sync_contents)  # not under the lock, if it can be had so
+            cleaned += locked(_drop_cleaned)
         done += victim.length
-    return MergeResult(cleaned, before - _total(log))
-
-
-def _total(log: Log) -> int:
-    return sum(entry.length for entry in log.manifest.segments) + (log.keydir.counter(at.TAIL) & MASK32)
+    return MergeResult(cleaned, before - rotation.total(log))
 
 
 def _seal_if_worth(log: Log) -> int:
     log.require_undamaged()  # or what may be older would be copied behind what was lost
-    row = log.rows[log.manifest.active.id]
-    words = log.keydir.words
-    dead = words[row + at.ROW_DEAD] + (log.keydir.counter(at.TOMBSTONES) if _can_tombstones_go(log) else 0)
+    dead = rotation.dead_bytes(log, log.manifest.active)
+    dead += log.keydir.counter(at.TOMBSTONES) if _can_tombstones_go(log) else 0
     length = log.keydir.counter(at.TAIL) & MASK32
     if dead * _WORTH >= length:
         rotation.rotate(log)
@@ -89,7 +235,7 @@ def _victims(log: Log) -> list[Entry]:
     small = [entry for entry in sealed if entry.length < log.segment_size // 2]
     victims: list[Entry] = []
     for number, entry in enumerate(sealed):
-        gone = words[rows[entry.id] + at.ROW_DEAD] - rotation.SEAL_LENGTH
+        gone = rotation.dead_bytes(log, entry) - rotation.SEAL_LENGTH
         if number == len(victims):
             gone += words[rows[entry.id] + at.ROW_TOMBSTONES]
         if gone * _WORTH >= entry.length or (entry in small and len(small) > 1):
@@ -106,35 +252,73 @@ def _are_tombstones_many(log: Log) -> bool:
     """Whether it is worth rewriting what they are about."""
     words, rows = log.keydir.words, log.rows
     tombstones = sum(words[rows[entry.id] + at.ROW_TOMBSTONES] for entry in log.manifest.segments[:-1])
-    return bool((tombstones + log.keydir.counter(at.TOMBSTONES)) * _MANY_TOMBSTONES > _total(log))
+    return bool((tombstones + log.keydir.counter(at.TOMBSTONES)) * _MANY_TOMBSTONES > rotation.total(log))
 
 
-def _copy_slice(log: Log, victim: Entry, offset: int) -> int:
-    """Look at some records of the victim from `offset` on: where the next slice begins; 0 if there is damage, which is never dropped."""
+def _clean_next(log: Log, victim: Entry, offset: int, keydir: Keydir) -> int:
+    """The next slice. A keydir that took the place of another knows of no segment that was cleaned: so what is behind them stays needed."""
+    return _clean_slice(log, victim, offset) if log.keydir is keydir else segment.FIRST_RECORD
+
+
+def _drop_cleaned(log: Log) -> int:
+    cleaned = rotation.cleaned(log)
+    if cleaned:
+        rotation.drop(log, cleaned)
+    return len(cleaned)
+
+
+# One slice.
+
+
+def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> int:
+    """Look at some records of the victim from `offset` on: where the next slice begins; 0 if there is damage, which is never dropped.
+
+    The loop is written out for plain records: half of what is written is cleaned by it (`python -m compat.figures.overwrites`).
+    """
     if victim.id not in log.entries:
         return victim.length  # somebody else merged or cleared it away
-    buffer = log.whole(victim)
-    oldest = log.manifest.segments[0].id == victim.id
-    reading = contents.Reading(buffer, victim, victim.length)
-    for number, (at_offset, found) in enumerate(reading.records(offset)):
-        if reading.damage:
-            return 0
-        if number == _SLICE:
-            return at_offset
-        if found.flags & contents.OVERHEAD:
-            continue
-        if not (oldest and found.flags & TOMBSTONE):
-            write.keep(log, victim.id << 32 | at_offset, found)
-    return 0 if reading.damage else victim.length
+    data, salt, end = log.whole(victim), victim.salt, victim.length
+    behind = rotation.is_behind_cleaned(log, victim)
+    xxh3, unpack, last = xxh3_64_intdigest, HEADER.unpack_from, end - HEADER.size
+    for _ in range(limit):
+        checksum, size, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
+        body = data[offset + CHECKSUM_SIZE : offset + CHECKSUM_SIZE + size]
+        if len(body) < max(size, BODY.size) or xxh3(body, salt ^ offset) != checksum:
+            return _finish(log, victim, rotation.KEPT)
+        location = victim.id << 32 | offset
+        offset += HEADER.size + padding if flags & BATCH else CHECKSUM_SIZE + size  # the records of a batch follow its header
+        words, directory, shift, seed, checked = log.keydir.table
+        hashed = xxh3(body[BODY.size : key_end], seed) or 1
+        index = hashed >> shift
+        if flags & ~SYNCED or not checked[index]:
+            if not (flags & contents.OVERHEAD or (behind and flags & TOMBSTONE)):
+                _keep(log, location, data)
+        else:
+            page = directory[index] & BASE
+            place = first = page | hashed & SLOT_MASK
+            while (word := words[place]) and (word != hashed or words[place + 1] != location):
+                place = page | place + 2 & SLOT_MASK
+                if place == first:
+                    word = 0
+                    break
+            if word:
+                write.move(log, place + 1, hashed, body)
+                words[at.COPIED] += CHECKSUM_SIZE + size
+        if offset >= end:
+            return _finish(log, victim, rotation.CLEANED_BEHIND if behind else rotation.CLEANED)
+    return offset
 
 
-def _drop_if_empty(log: Log, victim: Entry) -> int:
-    """Drop the victim if nothing in it counts; a damaged record that a slot points at keeps it."""
-    if victim.id not in log.entries:
-        return 0
-    words, row = log.keydir.words, log.rows[victim.id]
-    live = victim.length - segment.FIRST_RECORD - words[row + at.ROW_DEAD] - words[row + at.ROW_TOMBSTONES]
-    if live:
-        return 0
-    rotation.relist(log, victim.id)
-    return 1
+def _keep(log: Log, location: int, data: Buffer) -> None:
+    offset = location & MASK32
+    found = record.decode(data, offset, log.entries[location >> 32].salt ^ offset)
+    if found is not None and write.keep(log, location, found):
+        log.keydir.words[at.COPIED] += found.end - offset
+
+
+def _finish(log: Log, victim: Entry, state: int) -> int:
+    words, row = log.keydir.words, log.rows[victim.id] + at.ROW_MERGED
+    if words[row] ^ victim.salt not in (rotation.CLEANED, rotation.CLEANED_BEHIND):  # which others may rely on
+        words[row] = state ^ victim.salt
+    words[at.MERGED_AT] = int(time()) & MASK32
+    return 0 if state == rotation.KEPT else victim.length

@@ -42,11 +42,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
     "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "Value", "decode", "decode_head", "encode", "encode_before",
-    "promised_length", "record_length", "with_checksum",
+    "promised_length", "record_length", "with_checksum", "with_flags",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")
 BODY = struct.Struct("<IIBxHI")  # the header without its checksum
+_FLAGS = struct.Struct("<H")
+_FLAGS_AT = struct.calcsize("<IIBx")  # in the body
 _PROMISE = struct.Struct("<8xIIBBH4x")
 _U64 = struct.Struct("<Q")
 CHECKSUM_SIZE = _U64.size
@@ -130,6 +132,12 @@ def _before_value(flags: int, key: bytes, value_size: int, time: int, expiry: in
     size = key_end + value_size
     padding = -size & 7
     return BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding]
+
+
+def with_flags(body: bytes, flags: int) -> bytes:
+    """What stands behind the checksum of a record, with these flags instead of its own."""
+    own = _FLAGS.unpack_from(body, _FLAGS_AT)[0]
+    return body if own == flags else body[:_FLAGS_AT] + _FLAGS.pack(flags) + body[_FLAGS_AT + _FLAGS.size :]
 
 
 def decode_head(buffer: Buffer, offset: int) -> Head | None:

@@ -6,7 +6,8 @@ Starting a new segment, for a rotation or for `clear`:
        that nobody lists.
     2. Append a seal record to the active segment: every other writer finds it longer than it thinks, whatever index it believes in.
        A crash leaves a seal at the tail; whoever comes next goes on from 1, without appending another.
-    3. Sync the active segment: what the manifest calls sealed is durable.
+    3. Sync the active segment: what the manifest calls sealed is durable, and what was copied out of the segments that it leaves out,
+       because a merge has cleaned them.
     4. Enter CHANGING, note the checksum of the new manifest, and replace the manifest: the commit. A crash before it changes nothing,
        one behind it leaves NEXT_MANIFEST for whoever comes next.
     5. Bring the keydir up to it: row and counters of the new segment, MANIFEST, EPOCH. Leave CHANGING. Every part can be done again.
@@ -31,21 +32,33 @@ if TYPE_CHECKING:
     from .files import Directory
     from .log import Log
 
-__all__ = ["SEAL_LENGTH", "clear", "commit", "finish_commit", "leave", "publish_manifest", "relist", "rotate", "seal_behind", "sweep"]
+__all__ = [
+    "CLEANED", "CLEANED_BEHIND", "KEPT", "SEAL_LENGTH", "clear", "cleaned", "commit", "dead_bytes", "drop", "finish_commit",
+    "is_behind_cleaned", "leave", "publish_manifest", "relist", "rotate", "seal_behind", "sweep", "total",
+]  # fmt: skip
 
 SEAL_LENGTH = record.record_length(record.SEAL, 0, 0)
+
+# How far a merge came with a segment, in the word ROW_MERGED of its row, exclusive-or its salt: no flipped bit looks like one of them.
+CLEANED = 1  # nothing in it counts: it can go
+CLEANED_BEHIND = 2  # the same, but for tombstones that are needed as long as an older segment is listed
+KEPT = 3  # there is damage in it: it never goes
 
 
 def rotate(log: Log, *, sealed: bool = False) -> None:
     """Seal the active segment and start a new one; `sealed` tells that a seal stands at the tail already."""
     log.sealed_here.append(log.manifest.active.id)
     end = _tail_offset(log) + SEAL_LENGTH
+    gone = cleaned(log)
+    kept = tuple(entry for entry in log.manifest.segments[:-1] if entry.id not in gone)
     fresh = _new_segment(log)
-    temporary, listed = _list_with(log, fresh, (*log.manifest.segments[:-1], log.manifest.active._replace(length=end)))
+    temporary, listed = _list_with(log, fresh, (*kept, log.manifest.active._replace(length=end)))
     if not sealed:
         seal_behind(log, _tail_offset(log))
     log.durable(log.active.sync_contents)
+    reclaimed = sum(log.entries[number].length for number in gone)
     commit(log, temporary, listed)
+    _unlink(log, gone, reclaimed)
 
 
 def clear(log: Log) -> None:
@@ -70,13 +83,82 @@ def leave(log: Log, *, sync: bool) -> None:
 
 def relist(log: Log, victim: int, replacement: tuple[Entry, ...] = ()) -> None:
     """Commit a manifest with another entry, or none, in the place of a sealed segment; unlink its files if there is none."""
-    _require_own_manifest(log)
-    kept = tuple(new for entry in log.manifest.segments for new in (replacement if entry.id == victim else (entry,)))
-    temporary, listed = write_manifest(log.directory, log.manifest._replace(number=log.manifest.number + 1, segments=kept), log.mode)
-    commit(log, temporary, listed)
+    _commit_list(log, tuple(new for entry in log.manifest.segments for new in (replacement if entry.id == victim else (entry,))))
     log.directory.remove(names.hint_name(victim))
     if not replacement:
         log.directory.remove(names.segment_name(victim))
+
+
+def drop(log: Log, gone: set[int]) -> None:
+    """Commit a manifest without segments that are cleaned, once what was copied out of them is durable; unlink their files."""
+    tail = log.keydir.counter(at.TAIL)
+    if log.keydir.words[at.SYNCED_TO] != tail:
+        log.durable(log.active.sync_contents)
+        log.keydir.words[at.SYNCED_TO] = tail
+    reclaimed = sum(log.entries[number].length for number in gone)
+    _commit_list(log, tuple(entry for entry in log.manifest.segments if entry.id not in gone))
+    _unlink(log, gone, reclaimed)
+
+
+def _commit_list(log: Log, segments: tuple[Entry, ...]) -> None:
+    _require_own_manifest(log)
+    temporary, listed = write_manifest(log.directory, log.manifest._replace(number=log.manifest.number + 1, segments=segments), log.mode)
+    commit(log, temporary, listed)
+
+
+def _unlink(log: Log, gone: set[int], reclaimed: int) -> None:
+    """Give back the space of segments that are not listed any more."""
+    for number in gone:
+        log.directory.remove(names.hint_name(number))
+        log.directory.remove(names.segment_name(number))
+    log.keydir.words[at.RECLAIMED] += reclaimed
+
+
+# What is dead, and what is cleaned.
+
+
+def total(log: Log) -> int:
+    """The bytes of the log."""
+    return sum(entry.length for entry in log.manifest.segments) + _tail_offset(log)
+
+
+def dead_bytes(log: Log, entry: Entry) -> int:
+    """The bytes of a segment that no record that counts takes, nor a tombstone."""
+    return int(log.keydir.words[log.rows[entry.id] + at.ROW_DEAD])
+
+
+def cleaned(log: Log) -> set[int]:
+    """The segments that a commit may leave out. O(segments)."""
+    gone: set[int] = set()
+    are_all = True
+    for entry in log.manifest.segments[:-1]:
+        state = _cleaning_of(log, entry)
+        if state == CLEANED or (state == CLEANED_BEHIND and are_all):
+            gone.add(entry.id)
+        else:
+            are_all = False
+    return gone
+
+
+def is_behind_cleaned(log: Log, victim: Entry) -> bool:
+    """Whether every older segment is cleaned, so that it goes before this one, or with it. O(segments that are)."""
+    for entry in log.manifest.segments:
+        if entry.id == victim.id:
+            return True
+        if not _cleaning_of(log, entry):
+            return False
+    return False
+
+
+def _cleaning_of(log: Log, entry: Entry) -> int:
+    """CLEANED or CLEANED_BEHIND, or 0 while something in the segment may count.
+
+    Not by the mark alone, nor by the count of what lives alone: in a keydir that is in use a bit may have flipped in either.
+    """
+    words, row = log.keydir.words, log.rows[entry.id]
+    state: int = words[row + at.ROW_MERGED] ^ entry.salt
+    lives = entry.length - segment.FIRST_RECORD - words[row + at.ROW_DEAD] - words[row + at.ROW_TOMBSTONES]
+    return state if state in (CLEANED, CLEANED_BEHIND) and not lives else 0
 
 
 def _tail_offset(log: Log) -> int:

@@ -10,7 +10,7 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from time import time
+from time import monotonic, process_time, thread_time, time
 from typing import TYPE_CHECKING, TypeVar
 
 from . import backup, compression, contents, files, merge, names, recovery, rotation, segment, walk, write
@@ -23,6 +23,7 @@ from .page import SLOTS, Damaged
 from .portable import open_directory
 from .record import ALIGNMENT, EXPIRES, LIMIT, record_length
 from .syncer import Syncer
+from .ticker import Ticker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ _PAGES_A_SLICE = 256  # pages that are sealed under one hold of the lock
 _CLEAN_KEYS = 100_000  # below this a rebuild after a restart is faster than it is noticed: no clean mark, so no fsync for it
 _CLEAN_EVERY = 60.0  # seconds
 _TRIES = 1000  # more than the commits that can come while a reader opens
+_IDLE = 0.1  # seconds between two looks of the thread that merges while the process is idle
+_IDLE_PART = 10  # one over the part of the time that other threads may have had then
 _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew by a merge
 
 MINIMUM_SEGMENT = 4096
@@ -60,7 +63,8 @@ class Stats:
 
     `live_bytes` are those of records that count, `dead_bytes` those that a merge gives back, `tombstone_bytes` those of deletions that
     still have to be remembered; `disk_bytes` is what all files of the database take; `index_load` is the part of the index's slots that
-    is in use.
+    is in use. `merged_at` is the second since 1970 when a merge was last through with a segment, None if none was; `reclaimed_bytes` are
+    those of the segments that merges have deleted, `copied_bytes` what they wrote for it: all three since the index was built.
     """
 
     keys: int
@@ -73,6 +77,9 @@ class Stats:
     index_bytes: int
     index_pages: int
     index_load: float
+    merged_at: int | None
+    reclaimed_bytes: int
+    copied_bytes: int
 
 
 def is_database(path: str) -> bool:
@@ -93,6 +100,9 @@ class Store:
         self.pack = compression.packer(log.compress if log.write else None)
         self.closed = False
         self._wrote = False
+        self._pays = log.merge != "manual"
+        self._cleaner = Ticker(_IDLE, self._clean_while_idle, "dbm_bitcask merge") if log.merge == "thread" and log.write else None
+        self._was_busy = monotonic(), 0.0  # when the cleaner last looked, and the processor time that others had had until then
         self._popped = 0  # every key is at or behind this location, as far as this handle has popped them
         log.recover = self._recover
 
@@ -128,6 +138,8 @@ class Store:
         try:
             opening()
             self.syncer.start()
+            if self._cleaner is not None:
+                self._cleaner.start()
         except BaseException:
             self._release()  # at once, and not when a collection finds it: others wait for the lock of the portable layer
             raise
@@ -257,6 +269,21 @@ class Store:
         except Gone as gone:
             raise CorruptionError(str(gone), None, "the manifest lists this segment, and it is not there; restore it") from gone
 
+    def _change(self, action: Callable[..., Result], *args: object) -> Result:
+        """Run `action(log, ...)` as `locked` does, for somebody who writes, and so pays for the merge."""
+        result: Result = self._under_lock(self._run_and_pay, action, *args)
+        return result
+
+    def _run_and_pay(self, log: Log, action: Callable[..., Result], *args: object) -> Result:
+        active = log.manifest.active.id
+        log.made_dead = 0
+        result = self._run(log, action, *args)
+        if self._pays and (log.made_dead or log.manifest.active.id != active):
+            # What the caller asked for is done: whatever fails here is for the next one to meet.
+            with suppress(OSError, Damaged, Gone):
+                merge.pay(log, log.made_dead, rotated=log.manifest.active.id != active)
+        return result
+
     def _under_lock(self, action: Callable[..., Result], *args: object) -> Result:
         """Run `action(log, ...)` under the lock, on whatever is there."""
         return self.log.under_lock(action, *args)
@@ -323,7 +350,7 @@ class Store:
             flags |= packed
         lock = log.lock
         if log.timeout is not None:
-            self.locked(write.put, key, value, flags, expiry)
+            self._change(write.put, key, value, flags, expiry)
         else:
             with lock.mutex:  # as `lock.run` does, which would cost two calls more
                 if lock.busy:
@@ -332,7 +359,7 @@ class Store:
                     lock.busy = True
                     lock.acquire()
                     if flags or not write.put_new(log, key, value):
-                        self._run(log, write.put, key, value, flags, expiry)
+                        self._run_and_pay(log, write.put, key, value, flags, expiry)
                     self._wrote = True
                 finally:
                     lock.busy = False
@@ -342,14 +369,14 @@ class Store:
 
     def delete(self, key: bytes) -> bool:
         """Delete a key; False if it is not there. O(1)."""
-        found = self.locked(write.delete, key)
+        found = self._change(write.delete, key)
         if found:
             self.syncer.wrote()
         return found
 
     def pop(self, key: bytes) -> bytes | None:
         """Delete a key, and return its value; None if it is not there."""
-        value = self.locked(_pop, key)
+        value = self._change(_pop, key)
         if value is not None:
             self.syncer.wrote()
         return value
@@ -369,7 +396,7 @@ class Store:
         """The value of a key, which is set to `default` if it is not there."""
         value = self.log.get(key)
         if value is None:
-            value = self.locked(_setdefault, key, default, *self.pack(default))
+            value = self._change(_setdefault, key, default, *self.pack(default))
             self.syncer.wrote()
         return value
 
@@ -383,6 +410,19 @@ class Store:
         result = merge.merge(self.log, self.locked, progress)
         self.locked(_shrink_keydir)
         return result
+
+    def _clean_while_idle(self) -> None:
+        """Merge as long as no other thread of this process does anything."""
+        with suppress(OSError, Damaged, Gone):  # it is for whoever uses the database to meet that
+            while self._is_idle() and self.locked(merge.work):
+                pass
+
+    def _is_idle(self) -> bool:
+        """Whether the other threads have used no tenth of the time since this was last asked."""
+        then, had = self._was_busy
+        now, have = monotonic(), process_time() - thread_time()
+        self._was_busy = now, have
+        return (have - had) * _IDLE_PART <= now - then
 
     def backup(self, path: str, progress: Callable[[int, int], object] | None = None) -> None:
         """Make a database at `path` that is what this one is now. It has its name when it is complete, and its index, too."""
@@ -428,6 +468,8 @@ class Store:
 
     def _release(self) -> None:
         self.syncer.stop()
+        if self._cleaner is not None:
+            self._cleaner.stop()
         self.log.release()
 
     def _settle(self) -> None:
@@ -491,6 +533,9 @@ class Store:
             index_bytes=words[at.CAPACITY] * PAGE_SIZE,
             index_pages=pages,
             index_load=count / (pages * SLOTS),
+            merged_at=words[at.MERGED_AT] or None,
+            reclaimed_bytes=words[at.RECLAIMED],
+            copied_bytes=words[at.COPIED],
         )
 
 

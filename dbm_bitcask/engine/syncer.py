@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from . import header as at
 from . import recovery
 from .lock import POLL, renew_after_fork
+from .ticker import Ticker
 
 if TYPE_CHECKING:
     from .files import File
@@ -35,18 +36,14 @@ class Syncer:
     def __init__(self, log: Log, interval: float | None) -> None:
         self._log = log
         self.interval = interval
-        self._stopped = threading.Event()
+        # Twice in an interval: what was written just after one sync is durable when the next has ended.
+        self._ticker = Ticker((interval or 0) / 2, self._sync_if_needed, "dbm_bitcask sync")
         self.renew_after_fork()
         renew_after_fork(self)
 
     def renew_after_fork(self) -> None:
-        """Also in a child: threads are not inherited, and a mutex or an event as it was in the parent."""
+        """Also in a child, which inherits a mutex as it was in the parent."""
         self._mutex = threading.RLock()
-        was_stopped = self._stopped.is_set()
-        self._stopped = threading.Event()
-        if was_stopped:
-            self._stopped.set()
-        self._thread: threading.Thread | None = None
 
     def sync(self) -> None:
         """Make everything that has been written so far durable (fdatasync)."""
@@ -92,22 +89,15 @@ class Syncer:
 
     def start(self) -> None:
         """Have a thread sync every few seconds, if that is asked for: from the opening on, for what others left that died."""
-        running = self._thread is not None
-        if running or not self.interval:
-            return
-        with self._mutex:
-            if self._thread is None and not self._stopped.is_set():
-                self._thread = threading.Thread(target=self._sync_for_ever, name="dbm_bitcask sync", daemon=True)
-                self._thread.start()
+        if self.interval:
+            self._ticker.start()
 
-    def _sync_for_ever(self) -> None:
-        # Twice in an interval: what was written just after one sync is durable when the next has ended.
-        while not self._stopped.wait((self.interval or 0) / 2):
-            with suppress(OSError):  # a failed sync has poisoned the database: the next write says so
-                words = self._log.keydir.words
-                if words[at.SYNCED_TO] != self._log.keydir.counter(at.TAIL):
-                    self.sync()
+    def _sync_if_needed(self) -> None:
+        with suppress(OSError):  # a failed sync has poisoned the database: the next write says so
+            words = self._log.keydir.words
+            if words[at.SYNCED_TO] != self._log.keydir.counter(at.TAIL):
+                self.sync()
 
     def stop(self) -> None:
         """End the thread."""
-        self._stopped.set()
+        self._ticker.stop()

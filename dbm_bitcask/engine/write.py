@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from .log import Log
     from .record import Value
 
-__all__ = ["Place", "append", "bury", "delete", "keep", "locate", "mark", "publish", "publish_mark", "put", "put_new", "settle"]
+__all__ = [
+    "Place", "append", "bury", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark", "put", "put_new",
+    "settle",
+]  # fmt: skip
 
 _COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
@@ -160,25 +163,33 @@ def bury(log: Log, place: Place, key: bytes) -> None:
     publish(log, place, start, length, checksum, flags=TOMBSTONE)
 
 
-def keep(log: Log, location: int, found: record.Record) -> None:
+def keep(log: Log, location: int, found: record.Record) -> bool:
     """Append a record again if it counts: its slot points at it, or it is a tombstone whose key is still absent."""
     place = locate(log, found.key, room=False)
-    if place.location == (0 if found.flags & TOMBSTONE else location):
-        flags = found.flags & ~SYNCED
-        start, length, checksum = append(log, flags, found.key, found.value, found.time, found.expiry)
-        publish(log, place, start, length, checksum, flags=flags)
+    if place.location != (0 if found.flags & TOMBSTONE else location):
+        return False
+    flags = found.flags & ~SYNCED
+    start, length, checksum = append(log, flags, found.key, found.value, found.time, found.expiry)
+    publish(log, place, start, length, checksum, flags=flags)
+    return True
+
+
+def move(log: Log, slot: int, hashed: int, body: bytes) -> None:
+    """Append a plain record again that a slot points at, of which `body` is what stands behind the checksum: `keep`, without a look-up."""
+    location, length = log.keydir.words[slot], CHECKSUM_SIZE + len(body)
+    tail = make_room(log, length)
+    offset = tail & MASK32
+    body = record.with_flags(body, SYNCED if log.keydir.words[at.SYNCED_TO] == tail else 0)
+    checksum = xxh3_64_intdigest(body, log.salt ^ offset)
+    _append(log, _U64.pack(checksum) + body, offset)
+    publish(log, Place(hashed, slot, location, length), tail, length, checksum, flags=0)
 
 
 def append(log: Log, flags: int, key: bytes, value: Value, written: int | None = None, expiry: int = 0) -> tuple[int, int, int]:
     """Append a record at the tail, in a new segment if it does not fit: its location, length and checksum."""
     length = record.record_length(flags, len(key), len(value))
-    words = log.keydir.words
-    tail = words[words[at.CURRENT] + at.TAIL]
-    if (tail & MASK32) + length > log.segment_size and tail & MASK32 > FIRST_RECORD:
-        rotation.rotate(log)
-        words = log.keydir.words
-        tail = words[words[at.CURRENT] + at.TAIL]
-    if words[at.SYNCED_TO] == tail:
+    tail = make_room(log, length)
+    if log.keydir.words[at.SYNCED_TO] == tail:
         flags |= SYNCED
     offset = tail & MASK32
     written = int(time()) & MASK32 if written is None else written
@@ -189,10 +200,25 @@ def append(log: Log, flags: int, key: bytes, value: Value, written: int | None =
             log.active.write_rest((data, value), offset, done)
     else:
         data = record.encode(flags, key, value, log.salt ^ offset, written, expiry)
-        done = log.active.pwrite(data, offset)
-        if done != length:
-            log.active.write(data[done:], offset + done)
+        _append(log, data, offset)
     return tail, length, _U64.unpack_from(data)[0]
+
+
+def make_room(log: Log, length: int) -> int:
+    """The tail, in a segment that so many bytes fit into."""
+    words = log.keydir.words
+    tail = words[words[at.CURRENT] + at.TAIL]
+    if (tail & MASK32) + length > log.segment_size and tail & MASK32 > FIRST_RECORD:
+        rotation.rotate(log)
+        words = log.keydir.words
+        tail = words[words[at.CURRENT] + at.TAIL]
+    return int(tail)
+
+
+def _append(log: Log, data: bytes, offset: int) -> None:
+    done = log.active.pwrite(data, offset)
+    if done != len(data):
+        log.active.write(data[done:], offset + done)
 
 
 def publish(log: Log, place: Place, start: int, length: int, checksum: int, *, flags: int) -> None:
@@ -205,6 +231,7 @@ def publish(log: Log, place: Place, start: int, length: int, checksum: int, *, f
     if place.location:
         row = log.rows[place.location >> 32] + at.ROW_DEAD
         dead = words[row] + place.length
+        log.made_dead += place.length
     location = start
     if flags & TOMBSTONE:
         location = 0
