@@ -162,6 +162,9 @@ class _System:
         self._machine.step()
         return half + os.pwrite(fd, data[half:], offset + half)
 
+    def pwritev(self, fd: int, parts: list[bytes], offset: int) -> int:
+        return self.pwrite(fd, b"".join(parts), offset)
+
 
 # Databases that are left as they are, and copies of them that are none the wiser.
 

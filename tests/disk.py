@@ -158,6 +158,9 @@ class Disk:
         self._note(fd, lambda number: Write(number, offset, bytes(data)))
         return os.pwrite(fd, data, offset)
 
+    def pwritev(self, fd: int, parts: list[bytes], offset: int) -> int:
+        return self.pwrite(fd, b"".join(parts), offset)
+
     def ftruncate(self, fd: int, length: int) -> None:
         self._note(fd, lambda number: Resize(number, length, grow=False))
         os.ftruncate(fd, length)

@@ -83,6 +83,8 @@ REASONS = {
     STAGED: """
         test_descriptors
         test_iteration::test_iteration_over_more_segments_than_descriptors_beside_a_merge_sees_each_key_once
+        test_large_values::test_full_disk_in_the_middle_of_a_large_value_leaves_the_old_one
+        test_large_values::test_short_write_goes_on_where_it_ended
         test_mutants
         test_pitfalls::test_pitfall_15_directory_is_synced_behind_each_commit_and_before_anything_is_deleted
         test_pitfalls::test_pitfall_16_segment_is_durable_before_the_next_one_is_used
@@ -108,6 +110,7 @@ REASONS = {
     WHOLE: """
         test_check::test_memory_does_not_grow_with_the_keys
         test_fuzz::test_record_of_a_store_that_promises_four_gigabytes_takes_no_memory
+        test_large_values::test_large_value_is_copied_once_by_a_get_and_never_else
         test_security::test_file_that_somebody_made_huge_takes_no_memory
     """,
     PLACE: """

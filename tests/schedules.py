@@ -455,6 +455,9 @@ class _System:
         self._scheduler.change("write the rest of", name)
         return half + os.pwrite(fd, data[half:], offset + half)
 
+    def pwritev(self, fd: int, parts: list[bytes], offset: int) -> int:
+        return self.pwrite(fd, b"".join(parts), offset)
+
     def fsync(self, fd: int) -> None:
         """Takes no time: a kill does not ask what has reached the disk."""
         self._scheduler.change("sync", self._scheduler.names.get(fd, fd))

@@ -88,6 +88,16 @@ def overwrites_and_rotations(run):
     run.close()
 
 
+def large_values(run):
+    run.open()
+    run.set(b"small", b"value")
+    run.set(b"large", b"0123456789" * 4000)  # written in parts
+    run.set(b"large", b"9876543210" * 4000)
+    run.synced()
+    run.delete(b"small")
+    run.close()
+
+
 def merges(run):
     run.open()
     for number in range(16):
@@ -164,7 +174,16 @@ def keydirs_made_anew(run):
         run.close()
 
 
-WORKLOADS = [overwrites_and_rotations, merges, online_merges, clears_and_new_databases, short_sessions, splits, keydirs_made_anew]
+WORKLOADS = [
+    overwrites_and_rotations,
+    large_values,
+    merges,
+    online_merges,
+    clears_and_new_databases,
+    short_sessions,
+    splits,
+    keydirs_made_anew,
+]
 SYNCS = ["never", "always"]
 
 

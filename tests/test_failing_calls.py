@@ -22,7 +22,7 @@ ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE]
 SHORT, INTERRUPTED = "short write", "interrupted"
 KINDS = [*ERRORS, SHORT, INTERRUPTED]
 CALLS = {
-    *("open", "pread", "pwrite", "fsync", "ftruncate", "posix_fallocate", "replace", "unlink", "link"),
+    *("open", "pread", "pwrite", "pwritev", "fsync", "ftruncate", "posix_fallocate", "replace", "unlink", "link"),
     *("mkdir", "stat", "fstat", "lstat", "listdir", "lseek", "read", "write"),
 }
 
@@ -62,6 +62,10 @@ class Failing:
                 if name in ("pwrite", "write"):
                     fd, data, *offset = args
                     return call(fd, data[: (len(data) + 1) // 2], *offset)
+                if name == "pwritev":
+                    fd, parts, offset = args
+                    data = b"".join(parts)
+                    return os.pwrite(fd, data[: (len(data) + 1) // 2], offset)
                 return call(*args, **kwargs)
             raise OSError(self.kind, os.strerror(self.kind))
 
@@ -147,6 +151,7 @@ class Run:
         self.clear()
         self.set(b"behind", b"the clear")
         self.set(b"large", b"l" * 5000)
+        self.set(b"larger", b"l" * 50_000)
         self.look()
         self.do(lambda: self.db.close())
         if self.open("r"):

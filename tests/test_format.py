@@ -247,7 +247,7 @@ def test_hash_of_a_key():
         ("POISON SYNCED_TO COUNTERS_A COUNTERS_B", [33, 34, 64, 80]),
         ("TAIL COUNT TOMBSTONES CHECKSUM ROW DEAD START", range(7)),
         ("CLEAN RESTING DIRTYING DIRTY CHANGING POISONED MOVED", range(1, 8)),
-        ("ROW_ID ROW_DEAD ROW_TOMBSTONES ROW_EXPIRING ROW_EXPIRED_AT", range(5)),
+        ("ROW_ID ROW_DEAD ROW_TOMBSTONES ROW_MERGED ROW_EXPIRING", range(5)),
     ],
 )
 def test_words_of_the_header(names, numbers):

@@ -52,6 +52,7 @@ def test_signature_of_open():
         ("timeout", None, BY_NAME),
         ("files", "auto", BY_NAME),
         ("merge", "auto", BY_NAME),
+        ("compress", None, BY_NAME),
     ]
 
 

@@ -34,6 +34,8 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "[b'frost', b'ice', b'snow']",
         "neige!",
         "b'ada' 1800 seconds left\nNone\n",
+        "31000 bytes; less than 1000 on the disk: True",
+        "b'Many happy returns of the day.'",
         "True of 50 MB that were written",
         "True after all at once",
     ):

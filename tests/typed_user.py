@@ -19,6 +19,8 @@ def open_in_every_way(path: Path) -> None:
     dbm_bitcask.open(bytes(path), "wsu", 0o600).close()
     dbm_bitcask.open(path, sync="always", timeout=1.5, segment_size=4096).close()
     dbm_bitcask.open(path, sync=10).close()
+    dbm_bitcask.open(path, compress="zlib").close()
+    dbm_bitcask.open(path, compress="gzip")  # type: ignore[arg-type]
     dbm_bitcask.open(path, "x")  # type: ignore[arg-type]
     dbm_bitcask.open(path, sync="sometimes")  # type: ignore[arg-type]
     assert_type(dbm_bitcask.whichdb(path), str | None)

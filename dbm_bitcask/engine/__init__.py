@@ -11,7 +11,7 @@ The engine knows files and records. It knows nothing of dbm, str or pickle; it n
     ticker                          a thread that does something now and then
     segment, keydir, lookup, lock   one segment; the index; the hot path of a read; the writer lock
     page, hint                      a page of the index; the keys of a sealed segment
-    expiry                          when a record counts as deleted
+    expiry, compression             when a record counts as deleted; a value made smaller, and back
     record, manifest, header        the bytes of the others
     names, files, errors            file names; the operating system; what is raised
 

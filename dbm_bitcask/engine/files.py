@@ -28,7 +28,7 @@ except ImportError:  # Windows, WASM: `portable` needs what is common to both la
     fcntl = resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
     from typing_extensions import Buffer
@@ -62,6 +62,7 @@ _MAPS = 65530  # that a process may have, unless vm.max_map_count says otherwise
 _OPEN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK if NATIVE else 0
 _FSYNC_FULL = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone does not reach the disk's platters
 _fdatasync = getattr(os, "fdatasync", os.fsync)
+_GATHERS = hasattr(os, "pwritev")
 
 # Linux: keep copy-on-write file systems from needing a new block for each page of the map that is written back (SIGBUS when full).
 _GET_FLAGS, _SET_FLAGS, _NO_COW = 0x80086601, 0x40086602, 0x00800000
@@ -122,7 +123,9 @@ class Descriptor:
 
 
 class File(Descriptor):
-    """A regular file. `size()` and `pwrite(data, offset)` are the bare system calls: they stand in the path of every write."""
+    """A regular file. `size()`, `pwrite(data, offset)` and `pwritev(parts, offset)`, which writes parts that follow each other without
+    putting them together first, are the bare system calls: they stand in the path of every write.
+    """
 
     grows = grows_shared = True  # while other handles map it, too
 
@@ -132,6 +135,7 @@ class File(Descriptor):
         self._mapped = False
         self.size: Callable[[], int] = partial(os.lseek, self.fd, 0, os.SEEK_END)
         self.pwrite: Callable[[bytes, int], int] = partial(os.pwrite, self.fd)
+        self.pwritev: Callable[[Sequence[Buffer], int], int] = partial(os.pwritev, self.fd) if _GATHERS else _write_nothing
 
     def read(self, length: int, offset: int) -> bytes:
         """At most `length` bytes from `offset`; fewer only where the file ends."""
@@ -140,7 +144,7 @@ class File(Descriptor):
             data += more
         return data
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: Buffer, offset: int) -> None:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:
@@ -148,6 +152,13 @@ class File(Descriptor):
             if not done:
                 raise error(errno.EIO, "nothing could be written", self.name)
             view, offset = view[done:], offset + done
+
+    def write_rest(self, parts: Sequence[Buffer], offset: int, done: int) -> None:
+        """Write what `pwritev`, which wrote `done` bytes, has left of `parts`."""
+        for part in parts:
+            view = memoryview(part)
+            self.write(view[done:], offset + min(done, len(view)))
+            done, offset = max(0, done - len(view)), offset + len(view)
 
     def sync_contents(self) -> None:
         """Make contents and length durable (fdatasync)."""
@@ -216,6 +227,11 @@ class File(Descriptor):
             with contextlib.suppress(OSError):
                 flags = int.from_bytes(fcntl.ioctl(self.fd, _GET_FLAGS, bytes(8)), sys.byteorder)
                 fcntl.ioctl(self.fd, _SET_FLAGS, (flags | _NO_COW).to_bytes(8, sys.byteorder))
+
+
+def _write_nothing(parts: Sequence[Buffer], offset: int) -> int:  # noqa: ARG001
+    """Stands for a system call that is not there: `write_rest` does it all."""
+    return 0
 
 
 class Directory(Descriptor):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from time import time
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-from . import files, lookup, manifest, names, record, segment
+from . import compression, files, lookup, manifest, names, record, segment
 from . import header as at
 from .errors import CLOSED, CorruptionError, NotFoundError, as_error, error
 from .expiry import is_expired
@@ -33,6 +33,7 @@ __all__ = ["LARGEST_MANIFEST", "Gone", "Log", "Options", "Peek", "read_manifest"
 Result = TypeVar("Result")
 
 LARGEST_MANIFEST = 2**28  # bytes: ten million segments
+LARGEST_VALUE = record.LIMIT  # bytes of one that was compressed
 _READ_AHEAD = 512  # bytes read at once from beyond the map: most records are smaller
 _FILES = 64  # that one handle keeps open where it cannot map them
 _REMAP = 256 * 1024  # the active segment is mapped anew when it grew by so much
@@ -45,6 +46,9 @@ class Peek(NamedTuple):
     flags: int
     key: bytes
     length: int
+
+
+Match: TypeAlias = tuple[int, record.Record | None]  # the location of a key (0: it is not there), and its record if that was read
 
 
 class Gone(Exception):
@@ -102,6 +106,7 @@ class Log:
         self.segment_size, self.merge = options.segment_size, options.merge
         self.made_dead = 0  # bytes of records, by the operation that is being done
         self.surveys_to_skip = 0  # by writes that pay for a merge, where looking at every segment takes its time
+        self.compress = options.compress
         self.manifest: Manifest = manifest.Manifest(0, 1, ())
         self.entries: dict[int, Entry] = {}
         self.segments: dict[int, tuple[Map, int]] = {}  # what is mapped, with its salt
@@ -255,8 +260,8 @@ class Log:
 
     # Reading records.
 
-    def bytes_at(self, location: int) -> tuple[Buffer, int, int]:
-        """(bytes, where the record begins in them, seed) for a location in a listed segment."""
+    def bytes_at(self, location: int, *, whole: bool = True) -> tuple[Buffer, int, int]:
+        """(bytes, where the record begins in them, seed) for a location in a listed segment; without `whole`, at least head and key."""
         number, offset = location >> 32, location & MASK32
         entries, growing, active = self.held  # of one moment: another thread may be in `adopt`
         entry = entries.get(number)
@@ -267,14 +272,14 @@ class Log:
         if held is not None and offset < len(held[0]):
             return held[0], offset, seed
         if not self.can_map:
-            return _read_at(active if entry is growing else self._open(entry), offset), 0, seed
+            return _read_at(active if entry is growing else self._open(entry), offset, whole=whole), 0, seed
         if entry is not growing:
             return self._map(entry, None, entry.length), offset, seed
         end = self.end_of(entry)
         mapped = len(held[0]) if held is not None else 0
         if end - mapped >= _REMAP and offset < end:
             return self._map(entry, active, end), offset, seed
-        return _read_at(active, offset), 0, seed
+        return _read_at(active, offset, whole=whole), 0, seed
 
     def end_of(self, entry: Entry) -> int:
         """Where the records of a segment end."""
@@ -332,9 +337,18 @@ class Log:
             raise self.corrupt(location, "the record does not verify; run `check`, then `repair`")
         return found
 
+    def value_of(self, found: record.Record, location: int) -> bytes:
+        """The value of a record as its user knows it: the one copy that is made of it."""
+        if not found.flags & compression.COMPRESSED:
+            return bytes(found.value)
+        try:
+            return compression.unpack(found.flags, found.value, LARGEST_VALUE)
+        except compression.BadValue as bad:
+            raise self.corrupt(location, "the value cannot be decompressed, although the record verifies; set or delete its key") from bad
+
     def peek(self, location: int) -> Peek:
         """Head and key of the record at a location, not verified."""
-        data, offset, _ = self.bytes_at(location)
+        data, offset, _ = self.bytes_at(location, whole=False)
         head = record.decode_head(data, offset)
         if head is None:
             raise self.corrupt(location, "no record begins here; run `check`, then `repair`")
@@ -349,21 +363,20 @@ class Log:
 
     def slow_get(self, key: bytes) -> bytes | None:
         """The value of a key, or None: the whole of a search, whatever the state of the handle."""
-        while True:
-            epoch = self.epoch
-            match = self.look_up(key)
-            try:
-                return None if match is None else (match[1] or self.read(match[0])).value
-            except Gone as gone:
-                self.require_change(epoch, gone)
+        location, found = self._search(key, self._read_match)
+        return None if found is None else self.value_of(found, location)
 
     def find(self, key: bytes) -> int | None:
         """The location of a key, or None if it is not there. Right without the lock."""
-        match = self.look_up(key)
-        return None if match is None else match[0]
+        return self._search(key, self._match)[0] or None
 
-    def look_up(self, key: bytes) -> tuple[int, record.Record | None] | None:
+    def look_up(self, key: bytes) -> Match | None:
         """The location of a key, and its record if that is one that expires; None if the key is not there. Right without the lock."""
+        match = self._search(key, self._match)
+        return match if match[0] else None
+
+    def _search(self, key: bytes, match: Callable[[bytes, list[int]], Match]) -> Match:
+        """What `match` makes of the locations of a key, of one moment; (0, None) if its record has expired."""
         self.look_beside()
         while True:
             if not self.is_current():
@@ -371,7 +384,7 @@ class Log:
             epoch, table = self.epoch, self.keydir.table
             words = table.words
             try:
-                location, found = self._match(key, locations(table, key))
+                found = match(key, locations(table, key))
             except Damaged:
                 if words[at.EPOCH] == epoch:
                     self.recover(damaged=True)
@@ -384,17 +397,26 @@ class Log:
                     raise
                 continue
             if words[at.EPOCH] == epoch == self.epoch:
-                self.require_undamaged(location)
-                return (location, found) if location and not (found and is_expired(found)) else None
+                self.require_undamaged(found[0])
+                return (0, None) if found[1] is not None and is_expired(found[1]) else found
 
-    def _match(self, key: bytes, candidates: list[int]) -> tuple[int, record.Record | None]:
+    def _match(self, key: bytes, candidates: list[int]) -> Match:
+        """The location with this key; its value is not read, but if it expires: no key is called gone by bytes that were not verified."""
         for location in candidates:
             if location and location >> 32 in self.held[0]:
-                found = self.peek(location)
-                if found.key == key:
-                    # No key is called gone by bytes that were not verified.
-                    return location, self.read(location) if found.flags & record.EXPIRES else None
+                head = self.peek(location)
+                if head.key == key:
+                    return location, self.read(location) if head.flags & record.EXPIRES else None
                 self.read(location)  # another key with this hash, or damage
+        return 0, None
+
+    def _read_match(self, key: bytes, candidates: list[int]) -> Match:
+        """The location with this key, and its record."""
+        for location in candidates:
+            if location and location >> 32 in self.held[0]:
+                found = self.read(location)
+                if found.key == key:
+                    return location, found
         return 0, None
 
     def require_undamaged(self, location: int = 0) -> None:
@@ -461,12 +483,14 @@ def under_lock_of(path: str, files: str, action: Callable[[Log], Result], *, wri
         log.release()
 
 
-def _read_at(file: File, offset: int) -> bytes:
-    """The bytes of the record at an offset, and maybe of what follows it."""
+def _read_at(file: File, offset: int, *, whole: bool) -> bytes:
+    """The bytes of the record at an offset, or of its beginning up to the end of the key, and maybe of what follows."""
     data = file.read(_READ_AHEAD, offset)
     head = record.decode_head(data, 0)
-    if head is not None and len(data) < head.length <= file.size() - offset:
-        data += file.read(head.length - len(data), offset + len(data))
+    if head is not None and head.length <= file.size() - offset:
+        wanted = head.length if whole else head.key_end
+        if wanted > len(data):
+            data = file.read(wanted, offset)  # not what is missing of it: to put the two together would copy both
     return data
 
 

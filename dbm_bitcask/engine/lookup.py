@@ -3,7 +3,8 @@
 `reader` makes the function that answers `get` for one epoch of a handle: what it needs is bound once, not fetched at each call, and the
 function is replaced as a whole when the epoch moves. It decides the two ordinary cases, a verified hit and a valid miss. Everything else
 (another epoch, a segment not mapped yet, a record that does not verify, an expiring or compressed one, whose key does not begin where it
-looks) it leaves to `slow`, which does the whole search again. The masks are those of `header` and `page`, as constants.
+looks) it leaves to `slow`, which does the whole search again. The masks are those of `header` and `page`, as constants. What is large is
+verified in the map, and its value copied out of it once.
 
 The length of the function is the price of one call a get instead of five; `python -m compat.peers` shows what that is worth.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["reader"]
 
+_LARGE = 2**14  # bytes of a record from which on to copy it takes longer than to look at it where it is
 _HEAD = struct.Struct("<QIIB")  # the beginning of a record's header, as far as a read needs it
 
 
@@ -64,9 +66,16 @@ def reader(
                     near = data[offset : offset + 192]  # one trip to memory for most records, instead of two
                     checksum, size, key_end, padding = unpack(near)
                     if size > 184:
+                        if size > _LARGE:
+                            body = data[offset + 24 : offset + 24 + len(key)]
+                            if body != key or key_end != 16 + len(key):
+                                return slow(key)
+                            if xxh3(memoryview(data)[offset + 8 : offset + 8 + size], salt ^ offset) != checksum:
+                                return slow(key)
+                            return data[offset + 8 + key_end + padding : offset + 8 + size]
                         near = data[offset : offset + 8 + size]
                     body = near[8 : 8 + size]
-                    if xxh3(body, salt ^ offset) != checksum or body[16:key_end] != key:
+                    if body[16:key_end] != key or xxh3(body, salt ^ offset) != checksum:
                         return slow(key)
                     return body[key_end + padding :]
                 place = base | place + 2 & 0x1FE

@@ -283,7 +283,8 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
     xxh3, unpack, last = xxh3_64_intdigest, HEADER.unpack_from, end - HEADER.size
     for _ in range(limit):
         checksum, size, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
-        body = data[offset + CHECKSUM_SIZE : offset + CHECKSUM_SIZE + size]
+        source = data if size <= write.LARGE else memoryview(data)  # which is not copied
+        body = source[offset + CHECKSUM_SIZE : offset + CHECKSUM_SIZE + size]
         if len(body) < max(size, BODY.size) or xxh3(body, salt ^ offset) != checksum:
             return _finish(log, victim, rotation.KEPT)
         location = victim.id << 32 | offset
@@ -291,7 +292,7 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
         words, directory, shift, seed, checked = log.keydir.table
         hashed = xxh3(body[BODY.size : key_end], seed) or 1
         index = hashed >> shift
-        if flags & ~SYNCED or not checked[index]:
+        if flags & ~SYNCED or size > write.LARGE or not checked[index]:
             if not (flags & contents.OVERHEAD or (behind and flags & TOMBSTONE)):
                 _keep(log, location, data)
         else:
@@ -303,7 +304,7 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
                     word = 0
                     break
             if word:
-                write.move(log, place + 1, hashed, body)
+                write.move(log, place + 1, hashed, body)  # type: ignore[arg-type]  # never a view: those are kept
                 words[at.COPIED] += CHECKSUM_SIZE + size
         if offset >= end:
             return _finish(log, victim, rotation.CLEANED_BEHIND if behind else rotation.CLEANED)

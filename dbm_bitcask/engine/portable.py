@@ -40,7 +40,9 @@ with suppress(ImportError):
     import msvcrt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Buffer
 
     from .files import Map
 
@@ -77,6 +79,10 @@ class File(files.File):
         with self._position:
             os.lseek(self.fd, offset, os.SEEK_SET)
             return os.write(self.fd, data)
+
+    def pwritev(self, parts: Sequence[Buffer], offset: int) -> int:  # noqa: ARG002
+        """Nothing: not every system has a call for it, and `write_rest` does it all."""
+        return 0
 
     def read(self, length: int, offset: int) -> bytes:
         with self._position:

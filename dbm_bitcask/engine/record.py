@@ -11,7 +11,7 @@ in milliseconds since 1970 (0: never), is there if EXPIRES, ZLIB or ZSTD is flag
 
     flags := TOMBSTONE   the key is deleted; no value
            | EXPIRES     the record counts as deleted from `expiry` on
-           | ZLIB, ZSTD  the value is compressed so
+           | ZLIB, ZSTD  the value is compressed so, as `compression` says
            | BATCH       the value is a run of whole records, to be taken together; no key
            | SEAL        the segment ends here; no key, no value
            | MARK        nothing but a place for SYNCED; no key, no value
@@ -30,15 +30,19 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from typing_extensions import Buffer
+
+    Value: TypeAlias = bytes | memoryview
 
 __all__ = [
     "ALIGNMENT", "BATCH", "BODY", "CHECKSUM_SIZE", "EXPIRES", "EXTENDED", "HEADER", "LIMIT", "MARK", "SEAL", "SYNCED", "TOMBSTONE",
-    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "decode", "decode_head", "encode", "promised_length",
-    "record_length", "with_flags",
+    "ZEROS", "ZLIB", "ZSTD", "BadRecord", "Head", "Record", "Value", "decode", "decode_head", "encode", "encode_before",
+    "promised_length", "record_length", "with_checksum", "with_flags",
 ]  # fmt: skip
 
 HEADER = struct.Struct("<QIIBxHI")
@@ -71,11 +75,14 @@ class BadRecord(Exception):
 
 
 class Record(NamedTuple):
-    """A decoded record. `expiry` is in milliseconds, 0 if there is none; `end` is the offset behind it."""
+    """A decoded record. `expiry` is in milliseconds, 0 if there is none; `end` is the offset behind it.
+
+    `value` is a view of the bytes that it was decoded from, as it is stored there: who hands it to a user copies it once.
+    """
 
     flags: int
     key: bytes
-    value: bytes
+    value: Value
     time: int
     expiry: int
     end: int
@@ -99,16 +106,32 @@ def record_length(flags: int, key_size: int, value_size: int) -> int:
     return HEADER.size + (_U64.size if flags & EXTENDED else 0) + key_size + value_size + 7 & ~7
 
 
-def encode(flags: int, key: bytes, value: bytes, seed: int, time: int, expiry: int = 0) -> bytes:
+def encode(flags: int, key: bytes, value: Value, seed: int, time: int, expiry: int = 0) -> bytes:
     """The bytes of a record for the place that `seed` (salt ^ offset) names; `time` in seconds, `expiry` in milliseconds."""
+    body = _before_value(flags, key, len(value), time, expiry) + value
+    return _U64.pack(xxh3_64_intdigest(body, seed)) + body
+
+
+def encode_before(flags: int, key: bytes, value: Value, seed: int, time: int, expiry: int = 0) -> bytes:
+    """The bytes of the same record before its value: for a value that is too large to be copied beside them."""
+    return with_checksum(_before_value(flags, key, len(value), time, expiry), value, seed)
+
+
+def with_checksum(before: bytes, value: Value, seed: int) -> bytes:
+    """The bytes of a record before its value, of those that stand between its checksum and the value."""
+    checksum = xxh3_64(before, seed)
+    checksum.update(value)
+    return _U64.pack(checksum.intdigest()) + before
+
+
+def _before_value(flags: int, key: bytes, value_size: int, time: int, expiry: int) -> bytes:
     key_end = BODY.size + len(key)
     if flags & EXTENDED:
         key_end += _U64.size
         key = _U64.pack(expiry) + key
-    size = key_end + len(value)
+    size = key_end + value_size
     padding = -size & 7
-    body = BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding] + value
-    return _U64.pack(xxh3_64_intdigest(body, seed)) + body
+    return BODY.pack(size + padding, key_end, padding, flags, time) + key + ZEROS[padding]
 
 
 def with_flags(body: bytes, flags: int) -> bytes:
@@ -139,17 +162,19 @@ def promised_length(buffer: Buffer, offset: int) -> int:
 
 def decode(buffer: Buffer, offset: int, seed: int) -> Record | None:
     """The record at `offset` of `buffer`, or None if the buffer ends within it; `BadRecord` if it does not verify."""
-    view = memoryview(buffer)[offset:]
-    if len(view) < HEADER.size:
+    view = memoryview(buffer)
+    left = len(view) - offset
+    if left < HEADER.size:
         return None
-    head = decode_head(view, 0)
-    if head is None:
+    checksum, size, key_end, padding, flags, time = HEADER.unpack_from(view, offset)
+    key_start = BODY.size + (_U64.size if flags & EXTENDED else 0)
+    if not key_start <= key_end <= key_end + padding <= size or size & 7:
         raise BadRecord
-    if head.length > len(view):
+    start = offset + CHECKSUM_SIZE
+    if CHECKSUM_SIZE + size > left:
         return None
-    checksum, _, _, padding, flags, time = HEADER.unpack_from(view)
-    if xxh3_64_intdigest(view[CHECKSUM_SIZE : head.length], seed) != checksum or flags & ~_KNOWN:
+    body = view[start : start + size]
+    if xxh3_64_intdigest(body, seed) != checksum or flags & ~_KNOWN:
         raise BadRecord
-    expiry = _U64.unpack_from(view, HEADER.size)[0] if flags & EXTENDED else 0
-    key, value = view[head.key_start : head.key_end], view[head.key_end + padding : head.length]
-    return Record(flags, bytes(key), bytes(value), time, expiry, offset + head.length)
+    expiry = _U64.unpack_from(body, BODY.size)[0] if flags & EXTENDED else 0
+    return Record(flags, bytes(body[key_start:key_end]), body[key_end + padding :], time, expiry, start + size)

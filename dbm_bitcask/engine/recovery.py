@@ -166,6 +166,8 @@ def _record_at(log: Log, offset: int, size: int) -> record.Record | None:
     if head is None or head.length > size - offset:
         return None
     try:
+        if log.can_map and head.length > write.LARGE:  # not read: it may be larger than what memory there is
+            return record.decode(segment.map_segment(log.active, offset + head.length), offset, log.manifest.active.salt ^ offset)
         found = record.decode(log.active.read(head.length, offset), 0, log.manifest.active.salt ^ offset)
     except record.BadRecord:
         return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import monotonic, process_time, thread_time, time
 from typing import TYPE_CHECKING, TypeVar
 
-from . import backup, contents, files, merge, names, recovery, rotation, segment, walk, write
+from . import backup, compression, contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
 from .expiry import is_expired, lifetime, now
@@ -98,6 +98,7 @@ class Store:
     def __init__(self, log: Log, sync: float | None = None) -> None:
         self.log = log
         self.syncer = Syncer(log, sync)
+        self.pack = compression.packer(log.compress if log.write else None)
         self.closed = False
         self._wrote = False
         self._pays = log.merge != "manual"
@@ -120,6 +121,7 @@ class Store:
 
         `sync` is the number of seconds after which writes are durable: 0 for at once, None for not before they are asked to be.
         """
+        compression.packer(options.compress)  # an error before anything is made
         directory = _directory(path, options, create=create)
         store = cls(Log(directory, options, write=True), sync)
         return store._begin(lambda: store._under_lock(store._open, create))
@@ -127,6 +129,7 @@ class Store:
     @classmethod
     def open_new(cls, path: str, options: Options, sync: float | None) -> Store:
         """Open an empty database in the place of one that is there, or of an empty file. The old contents stay until the commit."""
+        compression.packer(options.compress)
         files.remove_empty_file(path)
         directory = _directory(path, options, create=True)
         store = cls(Log(directory, options, write=True), sync)
@@ -316,7 +319,7 @@ class Store:
         if location >> 32 in self.log.entries:
             try:
                 found = self.log.read(location)
-                return None if is_expired(found) else found.value
+                return None if is_expired(found) else self.log.value_of(found, location)
             except Gone:
                 pass
         return self.log.get(key)
@@ -350,8 +353,11 @@ class Store:
     # Writing.
 
     def set(self, key: bytes, value: bytes, flags: int = 0, expiry: int = 0) -> None:
-        """Set a key to a value, which is stored as it is and flagged so. O(1)."""
+        """Set a key to a value; `flags` are those of its record but for how the value is compressed. O(1)."""
         log = self.log
+        if log.compress is not None:  # before the lock is taken
+            packed, value = self.pack(value)
+            flags |= packed
         lock = log.lock
         if log.timeout is not None:
             self._change(write.put, key, value, flags, expiry)
@@ -373,7 +379,7 @@ class Store:
 
     def touch(self, key: bytes, ttl: float | None) -> bool:
         """Give a key another time to live, from now on; False if it is not there. O(bytes of its value)."""
-        found = self.locked(_touch, key, *lifetime(ttl))
+        found = self._change(_touch, key, *lifetime(ttl))
         if found:
             self.syncer.wrote()
         return found
@@ -410,7 +416,7 @@ class Store:
         """The value of a key, which is set to `default` if it is not there."""
         value = self.log.get(key)
         if value is None:
-            value = self._change(_setdefault, key, default)
+            value = self._change(_setdefault, key, default, *self.pack(default))
             self.syncer.wrote()
         return value
 
@@ -636,18 +642,19 @@ def _pop(log: Log, key: bytes) -> bytes | None:
     found = log.read(place.location)
     if is_expired(found):
         return None
+    value = log.value_of(found, place.location)
     write.bury(log, place, key)
-    return found.value
+    return value
 
 
-def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
+def _setdefault(log: Log, key: bytes, default: bytes, flags: int, packed: bytes) -> bytes:
     place = write.locate(log, key, room=False)
     log.require_undamaged(place.location)
     if place.location:
         found = log.read(place.location)
         if not is_expired(found):
-            return found.value
-    write.put(log, key, default)
+            return log.value_of(found, place.location)
+    write.put(log, key, packed, flags)
     return default
 
 

@@ -31,6 +31,7 @@ from .segment import FIRST_RECORD
 
 if TYPE_CHECKING:
     from .log import Log
+    from .record import Value
 
 __all__ = [
     "Place", "append", "bury", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark", "put", "put_new",
@@ -40,6 +41,7 @@ __all__ = [
 _COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
 _U64 = struct.Struct("<Q")
 _KEY_START = BODY.size
+LARGE = 2**15  # bytes of a record from which on to put it together takes longer than to write it in parts
 
 
 class Place(NamedTuple):
@@ -113,11 +115,19 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     flags = SYNCED if words[SYNCED_TO] == tail else 0
     now = int(time()) & MASK32
     words[HOLDER], words[HELD_SINCE] = log.lock.pid, now
-    body = BODY.pack(size, key_end, padding, flags, now) + key + ZEROS[padding] + value
-    checksum = xxh3_64_intdigest(body, log.salt ^ offset)
-    done = active.pwrite(_U64.pack(checksum) + body, offset)
-    if done != length:
-        active.write((_U64.pack(checksum) + body)[done:], offset + done)
+    body = BODY.pack(size, key_end, padding, flags, now) + key + ZEROS[padding]
+    if length > LARGE:
+        head = record.with_checksum(body, value, log.salt ^ offset)
+        done = active.pwritev((head, value), offset)
+        if done != length:
+            active.write_rest((head, value), offset, done)
+        (checksum,) = _U64.unpack_from(head)
+    else:
+        body += value
+        checksum = xxh3_64_intdigest(body, log.salt ^ offset)
+        done = active.pwrite(_U64.pack(checksum) + body, offset)
+        if done != length:
+            active.write((_U64.pack(checksum) + body)[done:], offset + done)
     other = current ^ OTHER
     _COUNTERS.pack_into(words, other * 8, tail + length, words[current + COUNT] + 1, words[current + TOMBSTONES], checksum, 0, 0)
     if fence:
@@ -132,7 +142,7 @@ def put_new(log: Log, key: bytes, value: bytes) -> bool:
     return True
 
 
-def put(log: Log, key: bytes, value: bytes, flags: int = 0, expiry: int = 0) -> None:
+def put(log: Log, key: bytes, value: Value, flags: int = 0, expiry: int = 0) -> None:
     """Set a key to a value, which is stored as it is and flagged so."""
     place = locate(log, key, room=True)
     start, length, checksum = append(log, flags, key, value, expiry=expiry)
@@ -190,15 +200,22 @@ def move(log: Log, slot: int, hashed: int, body: bytes) -> None:
     publish(log, Place(hashed, slot, location, length), tail, length, checksum, flags=0)
 
 
-def append(log: Log, flags: int, key: bytes, value: bytes, written: int | None = None, expiry: int = 0) -> tuple[int, int, int]:
+def append(log: Log, flags: int, key: bytes, value: Value, written: int | None = None, expiry: int = 0) -> tuple[int, int, int]:
     """Append a record at the tail, in a new segment if it does not fit: its location, length and checksum."""
     length = record.record_length(flags, len(key), len(value))
     tail = make_room(log, length)
     if log.keydir.words[at.SYNCED_TO] == tail:
         flags |= SYNCED
     offset = tail & MASK32
-    data = record.encode(flags, key, value, log.salt ^ offset, int(time()) & MASK32 if written is None else written, expiry)
-    _append(log, data, offset)
+    written = int(time()) & MASK32 if written is None else written
+    if length > LARGE:
+        data = record.encode_before(flags, key, value, log.salt ^ offset, written, expiry)
+        done = log.active.pwritev((data, value), offset)
+        if done != length:
+            log.active.write_rest((data, value), offset, done)
+    else:
+        data = record.encode(flags, key, value, log.salt ^ offset, written, expiry)
+        _append(log, data, offset)
     if flags & EXPIRES:
         note(log.keydir.words, log.rows[tail >> 32], length, expiry)
     return tail, length, _U64.unpack_from(data)[0]
