@@ -140,7 +140,7 @@ class File(Descriptor):
             data += more
         return data
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: bytes | bytearray, offset: int) -> None:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:

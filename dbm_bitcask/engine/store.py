@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import time
 from typing import TYPE_CHECKING, TypeVar
 
-from . import backup, contents, files, merge, names, recovery, rotation, segment, walk, write
+from . import backup, batch, contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
 from .header import PAGE_SIZE
@@ -25,11 +25,15 @@ from .record import ALIGNMENT, EXPIRES, LIMIT, record_length
 from .syncer import Syncer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from .batch import Item
     from .files import Directory, File
 
-__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database", "may_be_database"]
+__all__ = [
+    "BATCH_LIMIT", "MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "OVERHEAD", "SIZE_LIMIT", "UPDATE_LIMIT", "Item", "Options", "Stats", "Store",
+    "is_database", "may_be_database",
+]  # fmt: skip
 
 Result = TypeVar("Result")
 
@@ -42,6 +46,9 @@ _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew 
 MINIMUM_SEGMENT = 4096
 MAXIMUM_SEGMENT = 2**32 - 1
 SIZE_LIMIT = LIMIT - segment.FIRST_RECORD - record_length(EXPIRES, 0, 0) - ALIGNMENT  # of key and value together, in bytes
+OVERHEAD = record_length(EXPIRES, 0, 0) + ALIGNMENT - 1  # a record takes at most so many bytes more than its key and value
+BATCH_LIMIT = 256 * 2**20  # bytes of the records of one batch: they are in memory until they are written
+UPDATE_LIMIT = 16 * 2**20  # bytes of the records that an `update` writes as one batch
 
 
 def may_be_database(path: str) -> bool:
@@ -334,6 +341,12 @@ class Store:
         if self.syncer.interval is not None:
             self.syncer.wrote()
 
+    def write_batch(self, items: Sequence[Item]) -> None:
+        """Write (key, value, flags, expiry) items, each of another key, all or nothing; a value of None deletes. O(items)."""
+        written = bool(items) and self.locked(_write_batch, items)
+        if written:
+            self.syncer.wrote()
+
     def delete(self, key: bytes) -> bool:
         """Delete a key; False if it is not there. O(1)."""
         found = self.locked(write.delete, key)
@@ -580,6 +593,15 @@ def _setdefault(log: Log, key: bytes, default: bytes) -> bytes:
         return log.read(place.location).value
     write.put(log, key, default)
     return default
+
+
+def _write_batch(log: Log, items: Sequence[Item]) -> bool:
+    try:
+        return batch.write_all(log, items)
+    except BaseException:
+        if log.keydir.words[at.BATCH]:
+            recovery.ready(log)  # or those who read would see a half of it until somebody writes
+        raise
 
 
 def _seal_slice(log: Log) -> bool:

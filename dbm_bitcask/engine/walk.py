@@ -226,10 +226,14 @@ class Held:
         assert buffer is not None
         data, salt, end = memoryview(buffer), self.entry.salt, self.end
         last = end - size
+        growing = not self.entry.length
         while offset < end:
             checksum, length, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
             body = offset + CHECKSUM_SIZE
             after = body + length
+            if flags & BATCH and growing and after > end >= offset + size:
+                offset += size  # the walk began within this batch, which is verified record by record
+                continue
             # Every record, for the length of a damaged one may lead past a good one to another good one.
             if after > end or length < size - CHECKSUM_SIZE or xxh3(data[body:after], salt ^ offset) != checksum:
                 self.damage.append(offset)
