@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Literal, Self, TypeAlias
-
     from weakref import ref
 
     from typing_extensions import Buffer

@@ -76,7 +76,8 @@ def ready(log: Log) -> None:
         elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
             _repair(log)
         else:
-            words[at.BATCH] = 0
+            if words[at.BATCH]:
+                words[at.BATCH] = 0
             words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time()) & MASK32
             return
 
