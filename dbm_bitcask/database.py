@@ -373,7 +373,8 @@ class Database(_Container, MutableMapping[bytes, bytes]):
 
     def clear(self) -> None:
         """Delete every key, and give back the space. O(1), but for unlinking the files. `error` in a batch."""
-        self._call(self._outside_of_a_batch(self._writable_store(), "clear").clear)
+        self._writable_store()
+        self._call(self._outside_of_a_batch("clear").clear)
 
     def __ior__(self, other: Items) -> Self:
         self.update(other)
@@ -451,7 +452,8 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         batch = self._batch()
         return self._log.get(key) if batch is None else batch.get(key)
 
-    def _outside_of_a_batch(self, store: Store, what: str) -> Store:
+    def _outside_of_a_batch(self, what: str) -> Store:
+        store = self._open_store()
         if self._batch() is not None:
             raise error(f"{what} in a batch: leave the batch first")
         return store
@@ -460,7 +462,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
 
     def sync(self) -> None:
         """Make everything written so far durable. Does nothing if the database was opened for reading only. `error` in a batch."""
-        store = self._outside_of_a_batch(self._open_store(), "sync")
+        store = self._outside_of_a_batch("sync")
         if self._writable:
             self._call(store.sync)
 
@@ -469,7 +471,8 @@ class Database(_Container, MutableMapping[bytes, bytes]):
 
         `progress(done, total)`, in bytes, is called now and then.
         """
-        self._call(self._outside_of_a_batch(self._writable_store(), "merge").merge, progress)
+        self._writable_store()
+        self._call(self._outside_of_a_batch("merge").merge, progress)
 
     def reorganize(self) -> None:
         """The name that the standard library has for `merge` since 3.15."""
@@ -482,7 +485,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         Readers can make one, too. There must be nothing at `path`, or an empty directory. `progress(done, total)`, in bytes, is called now
         and then. Raises `error`; nothing stands at `path` then. O(keys), for the index, and the bytes of what cannot be shared.
         """
-        store = self._outside_of_a_batch(self._open_store(), "backup")
+        store = self._outside_of_a_batch("backup")
         self._call(store.backup, os.path.abspath(os.fsdecode(path)), progress)  # noqa: PTH100  (also bytes)
 
     def stats(self) -> Stats:
@@ -490,8 +493,12 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         return self._call(self._open_store().stats)
 
     def close(self) -> None:
-        """Make everything durable and end the use. A second call does nothing, unless the first was interrupted."""
+        """Make everything durable and end the use; a batch that is open is dropped.
+
+        A second call does nothing, unless the first was interrupted.
+        """
         self._cursors.clear()
+        self._batches.clear()
         self._call(self._store.close)
 
     def __enter__(self) -> Self:
