@@ -33,6 +33,7 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "23416728348467685 49 9 343 9 84 results",
         "[b'frost', b'ice', b'snow']",
         "neige!",
+        "b'50'",
     ):
         assert said in printed
 

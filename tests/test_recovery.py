@@ -975,7 +975,9 @@ def reopened_by_somebody_who_dies_too(machine, frozen, path, possible, every=1):
     return step
 
 
-@pytest.mark.parametrize(("name", "every"), [("set a new key", 1), ("overwrite", 1), ("delete", 1), ("set that rotates", 4), ("clear", 4)])
+@pytest.mark.parametrize(
+    ("name", "every"), [("set a new key", 1), ("overwrite", 1), ("delete", 1), ("set that rotates", 4), ("clear", 4), ("batch", 7)]
+)
 def test_finishing_that_is_killed_at_any_step_is_finished(tmp_path, machine, frozen, name, every):
     """Two kills in a row: the second within the repair of what the first left."""
     before = frozen(name)

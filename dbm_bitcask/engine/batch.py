@@ -28,7 +28,7 @@ from . import header as at
 from . import record, rotation, segment, write
 from .header import BASE, MASK32, PAGE_WORDS
 from .page import FULL, PAGE_CHECKSUM, PAGE_COUNTS, SLOT_MASK, Damaged, check_entry, page_depth, page_slots
-from .record import BATCH, BODY, CHECKSUM_SIZE, EXPIRES, HEADER, SYNCED, TOMBSTONE, ZEROS
+from .record import BATCH, BODY, CHECKSUM_SIZE, EXPIRES, EXTENDED, HEADER, SYNCED, TOMBSTONE, ZEROS
 from .segment import FIRST_RECORD
 
 if TYPE_CHECKING:
@@ -148,9 +148,13 @@ def _split_ahead(log: Log, hashes: list[int]) -> None:
         end = bisect_left(hashes, (hashed >> rest) + 1 << rest, first) if rest >= 0 else first
         if end == first:
             raise Damaged(f"page {page} says that it is deeper than a hash is long")
-        present = {slot[0] for slot in page_slots(words, page)}
-        coming = sum([one not in present for one in hashes[first:end]])
-        if (words[page * PAGE_WORDS + PAGE_COUNTS] & 0xFFFF) + coming <= FULL:
+        used = words[page * PAGE_WORDS + PAGE_COUNTS] & 0xFFFF
+        free = max(0, FULL - used)
+        coming = end - first - used  # at least, for at most so many of them are there
+        if coming <= free:
+            present = {slot[0] for slot in page_slots(words, page)}
+            coming = sum([one not in present for one in hashes[first:end]])
+        if coming <= free:
             first = end
         else:
             keydir.split(page, hashed, coming)
@@ -168,7 +172,8 @@ def _recount(log: Log, hashes: list[int]) -> None:
 
 def _append(log: Log, items: list[Item], hashes: list[int]) -> _Run:
     """Append the frame at the tail, in a new segment if it does not fit."""
-    length = HEADER.size + sum([record.record_length(item[2], len(item[0]), len(item[1] or b"")) for item in items])
+    length = HEADER.size + sum([HEADER.size + len(item[0]) + len(item[1] or b"") + 7 & ~7 for item in items])
+    length += sum([_U64.size for item in items if item[2] & EXTENDED and item[1] is not None])
     words = log.keydir.words
     tail = words[words[at.CURRENT] + at.TAIL]
     if (tail & MASK32) + length > log.segment_size and tail & MASK32 > FIRST_RECORD:
