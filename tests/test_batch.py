@@ -8,7 +8,9 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ from children import fork, fork_and_wait
 from crashes import abandon
 from dbm_bitcask import batch as pending
 from dbm_bitcask import database
-from dbm_bitcask.engine import batch, contents, files, names, page, record, recovery, segment, store, write
+from dbm_bitcask.engine import batch, contents, files, names, page, record, recovery, segment, store, walk, write
 from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.record import BATCH, HEADER, SYNCED
@@ -568,6 +570,63 @@ def test_batches_of_every_mixture_leave_counts_that_are_right(tmp_path, layer):
             assert len(db) == len(model)
         assert dict(db.items()) == model
     assert check(path, files=layer) == []
+
+
+def test_writer_that_is_killed_leaves_each_batch_whole(path):
+    """Really killed: every batch gives 400 keys the same value, and deletes or sets another 100."""
+    dbm_bitcask.open(path).close()
+    choose = random.Random(1)
+    last = 0
+
+    def work():
+        os.close(read)
+        with dbm_bitcask.open(path, "w", segment_size=300_000) as db:
+            for number in itertools.count(last + 1):
+                with db.batch():
+                    for key in range(400):
+                        db[b"%d" % key] = b"%d" % number
+                    for key in range(100):
+                        apply(db, {b"now and then %d" % key: b"%d" % number if number % 2 else None})
+                os.write(write_end, b"%d\n" % number)
+
+    for _ in range(8):
+        read, write_end = os.pipe()
+        child = fork(work)
+        os.close(write_end)
+        with os.fdopen(read, "rb") as acknowledgements:
+            for _ in range(choose.randrange(1, 12)):
+                acknowledged = int(acknowledgements.readline())
+            time.sleep(choose.random() * 0.005)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            acknowledged = max([acknowledged, *map(int, acknowledgements.read().split())])
+        for flag in "rw":
+            with dbm_bitcask.open(path, flag) as db:
+                found = dict(db)
+                assert len(db) == len(found)
+            assert len(set(found.values())) == 1
+            last = int(found[b"0"])
+            assert acknowledged <= last <= acknowledged + 1
+            assert len(found) == (500 if last % 2 else 400)
+        assert check(path) == []
+
+
+@pytest.mark.parametrize("layer", ["native", "portable"])
+def test_loop_of_popitem_over_small_batches_stays_linear(tmp_path, layer, monkeypatch):
+    looked_at = []
+    keys_of = walk.Held.keys
+    monkeypatch.setattr(walk.Held, "keys", lambda self, first: (looked_at.append(1) or found for found in keys_of(self, first)))
+    mapped = []
+    monkeypatch.setattr(segment, "map_segment", lambda file, end: mapped.append(end) or file.map(end))
+    with dbm_bitcask.open(tmp_path / "db", files=layer) as db:
+        for number in range(300):
+            db.update({b"%d a" % number: b"1", b"%d b" % number: b"2"})
+        mapped.clear()
+        for _ in range(600):
+            db.popitem()
+        assert len(looked_at) < 3000
+        assert layer == "native" or len(mapped) < 10
+        assert len(db) == 0
 
 
 # Durability.

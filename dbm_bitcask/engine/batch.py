@@ -91,17 +91,21 @@ def resume(log: Log) -> None:
     begun, end = log.batch_around(tail)
     if begun:
         offset, end = tail & MASK32, end & MASK32
-        buffer = segment.map_segment(log.active, end)
-        found = list(segment.scan(buffer, log.salt, offset, end))
-        if not found or found[-1].record.end != end:
+        buffer, origin = segment.map_segment(log.active, end), tail - offset
+        keys: list[bytes] = []
+        starts = [tail]
+        exact: dict[int, int] = {}
+        for _, found in segment.scan(buffer, log.salt, offset, end):
+            if found.flags & _EXACT:
+                exact[len(keys)] = found.flags
+            keys.append(found.key)
+            starts.append(origin + found.end)
+        if starts[-1] != origin + end:
             raise Damaged("a record of a batch does not verify, of which the frame did")
-        origin = tail - offset
-        keys = [one.record.key for one in found]
-        exact = {number: one.record.flags for number, one in enumerate(found) if one.record.flags & _EXACT}
         hashes = _hashes(log, keys)
         _recount(log, hashes)
         _make_room(log, hashes)
-        _publish(log, _Run(keys, exact, hashes, [*(origin + one.offset for one in found), origin + end], buffer, origin))
+        _publish(log, _Run(keys, exact, hashes, starts, buffer, origin))
     log.keydir.words[at.BATCH] = 0
 
 
