@@ -119,7 +119,7 @@ class Batch:
 
     def keys(self) -> Iterator[bytes]:
         """Every key; those that were pending when this began come last."""
-        before = set(self.pending)
+        before = dict.fromkeys(self.pending)
         for key in self._store.keys():  # noqa: SIM118  (a store is no mapping)
             if key not in before and self._is_left(key):
                 yield key
@@ -129,7 +129,7 @@ class Batch:
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every key with its value, in the same order."""
-        before = set(self.pending)
+        before = dict.fromkeys(self.pending)
         for key, value in self._store.items():
             if key not in before and self._is_left(key):
                 pending = self.pending.get(key)

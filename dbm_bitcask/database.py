@@ -383,13 +383,15 @@ class Database(_Container, MutableMapping[bytes, bytes]):
     def update(self, other: Items = (), /, **named: Bytes) -> None:  # type: ignore[override]
         """Set keys from a mapping, from (key, value) pairs, and from keywords: far faster than one by one.
 
-        They are written in batches of at most 16 MiB, each of which is all or nothing; in a batch they become a part of it. If something
+        They are written in batches of at most 16 MiB, and a quarter of `segment_size`, each of which is all or nothing; in a batch they
+        become a part of it. If something
         is not as it should be, or `other` raises, the batch that was being gathered is not written, and those before it are. What `other`
         reads of this database does not show what is being gathered. O(1) for a key.
         """
-        self._write_pairs(_pairs(other), UPDATE_LIMIT)
+        limit = min(UPDATE_LIMIT, self._how[2].segment_size // 4)
+        self._write_pairs(_pairs(other), limit)
         if named:
-            self._write_pairs(named.items(), UPDATE_LIMIT)
+            self._write_pairs(named.items(), limit)
 
     def _write_pairs(self, pairs: Iterable[tuple[Bytes, Bytes]], limit: int) -> None:
         """Set keys in batches of at most so many bytes of records, or as a part of the batch that this thread is in."""
