@@ -383,10 +383,9 @@ class Database(_Container, MutableMapping[bytes, bytes]):
     def update(self, other: Items = (), /, **named: Bytes) -> None:  # type: ignore[override]
         """Set keys from a mapping, from (key, value) pairs, and from keywords: far faster than one by one.
 
-        They are written in batches of at most 16 MiB, and a quarter of `segment_size`, each of which is all or nothing; in a batch they
-        become a part of it. If something
-        is not as it should be, or `other` raises, the batch that was being gathered is not written, and those before it are. What `other`
-        reads of this database does not show what is being gathered. O(1) for a key.
+        They are written in batches of at most 16 MiB, and of a quarter of `segment_size`, each of which is all or nothing; in a batch they
+        become a part of it. If something is not as it should be, or `other` raises, the batch that was being gathered is not written, and
+        those before it are. What `other` reads of this database does not show what is being gathered. O(1) for a key.
         """
         limit = min(UPDATE_LIMIT, self._how[2].segment_size // 4)
         self._write_pairs(_pairs(other), limit)
