@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, ItemsView, Iterator, MutableMapping, ValuesView
+from collections.abc import Container, ItemsView, Iterator, Mapping, MutableMapping, ValuesView
 from contextlib import suppress
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from .batch import Batch, batch_of
 from .engine.errors import CLOSED, FlagError, NotFoundError, as_error, error
-from .engine.store import MAXIMUM_SEGMENT, MINIMUM_SEGMENT, SIZE_LIMIT, Options, Stats, Store, is_database, lifetime
+from .engine.store import (
+    BATCH_LIMIT,
+    MAXIMUM_SEGMENT,
+    MINIMUM_SEGMENT,
+    OVERHEAD,
+    SIZE_LIMIT,
+    UPDATE_LIMIT,
+    Options,
+    Stats,
+    Store,
+    is_database,
+    lifetime,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Literal, Self, TypeAlias
+    from weakref import ref
 
     from typing_extensions import Buffer
 
@@ -181,6 +195,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         firstkey, nextkey        walk the keys one call at a time, as with dbm.gnu
         iterkeys                 the same as iter, as with dbm.dumb
         sync, close              make durable; end the use (also as a context manager)
+        batch                    several changes, all or nothing after a crash
         merge, reorganize        give back the space of what was overwritten and deleted
         backup                   a copy as of now, while others write
         stats                    sizes and counts
@@ -198,6 +213,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         self._how = how
         self._writable = how[1] != "r"
         self._cursors: dict[bytes, Iterator[bytes]] = {}  # of walks by `nextkey`: the last key of each
+        self._batches: dict[int, ref[Batch]] = {}  # by the thread that is in it
 
     def __repr__(self) -> str:
         state = "closed " if self._store.closed else ""
@@ -227,7 +243,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         if type(key) is not bytes:
             key = _as_bytes(key, "keys")
         try:
-            value = self._log.get(key)
+            value = self._log.get(key) if not self._batches else self._get(key)
         except error:
             raise
         except OSError as failure:
@@ -245,7 +261,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         if type(key) is not bytes:
             key = _as_bytes(key, "keys")
         try:
-            value = self._log.get(key)
+            value = self._log.get(key) if not self._batches else self._get(key)
         except error:
             raise
         except OSError as failure:
@@ -254,7 +270,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
 
     def __contains__(self, key: object) -> bool:
         """Whether a key is there. O(1); the value is not read, unless the key expires."""
-        store = self._open_store()
+        store = self._batch() or self._open_store()
         return self._call(store.contains, _as_bytes(key, "keys"))
 
     def __setitem__(self, key: Bytes, value: Bytes) -> None:
@@ -268,7 +284,10 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         if len(key) + len(value) > SIZE_LIMIT:
             _require_size(len(key) + len(value))
         try:
-            self._store.set(key, value)
+            if self._batches and (batch := self._batch()) is not None:
+                batch.put(key, value)
+            else:
+                self._store.set(key, value)
         except error:
             raise
         except OSError as failure:
@@ -293,11 +312,13 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         store = self._writable_store()
         key, value = _as_bytes(key, "keys"), _as_bytes(value, "values")
         _require_size(len(key) + len(value))
-        self._call(store.set, key, value, *lifetime(ttl))
+        batch = self._batch()
+        self._call(store.set if batch is None else batch.put, key, value, *lifetime(ttl))
 
     def ttl(self, key: Bytes) -> float | None:
         """The seconds that are left to a key, above 0; None if it does not expire; KeyError if it is not there. O(1), verified."""
-        return self._call(self._open_store().ttl, _as_bytes(key, "keys"))
+        store = self._open_store()
+        return self._call((self._batch() or store).ttl, _as_bytes(key, "keys"))
 
     def touch(self, key: Bytes, ttl: float | None) -> None:
         """Let a key live for `ttl` seconds from now on, or for ever if that is None; KeyError if it is not there.
@@ -306,14 +327,16 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         """
         store = self._writable_store()
         key = _as_bytes(key, "keys")
-        if not self._call(store.touch, key, ttl):
+        if not self._call((self._batch() or store).touch, key, ttl):
             raise KeyError(key)
 
     def __delitem__(self, key: Bytes) -> None:
         """Delete a key; KeyError if it is not there. O(1): a tombstone is appended."""
         store = self._writable_store()
         key = _as_bytes(key, "keys")
-        if not self._call(store.delete, key):
+        batch = self._batch()
+        found = self._call(store.delete, key) if batch is None else self._call(batch.take, key) is not None
+        if not found:
             raise KeyError(key)
 
     def setdefault(self, key: Bytes, default: Bytes = b"") -> bytes:
@@ -321,7 +344,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         store = self._writable_store()
         key, default = _as_bytes(key, "keys"), _as_bytes(default, "values")
         _require_size(len(key) + len(default))
-        return self._call(store.setdefault, key, default)
+        return self._call((self._batch() or store).setdefault, key, default)
 
     @overload
     def pop(self, key: Bytes) -> bytes: ...
@@ -331,7 +354,8 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         """Delete a key and return its value; `default` if it is not there, or KeyError without one."""
         store = self._writable_store()
         key = _as_bytes(key, "keys")
-        value = self._call(store.pop, key)
+        batch = self._batch()
+        value = self._call(store.pop if batch is None else batch.take, key)
         if value is not None:
             return value
         if default is _MISSING:
@@ -341,12 +365,15 @@ class Database(_Container, MutableMapping[bytes, bytes]):
     # All keys.
 
     def __len__(self) -> int:
-        """The number of keys; those that have expired count until a merge deletes them. O(1)."""
-        return self._call(self._open_store().__len__)
+        """The number of keys; those that have expired count until a merge deletes them. O(1); in a batch O(keys that it changes)."""
+        store = self._open_store()
+        batch = self._batch()
+        return self._call(store.__len__ if batch is None else batch.count)
 
     def __iter__(self) -> Iterator[bytes]:
         """The keys, in the order in which they were last written."""
-        return self._guarded(self._open_store().keys())
+        store = self._open_store()
+        return self._guarded((self._batch() or store).keys())
 
     def keys(self) -> list[bytes]:  # type: ignore[override]
         """The keys as a list, as all dbm modules return them; `iter(db)` needs no memory for them."""
@@ -377,41 +404,122 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         """
         key = _as_bytes(key, "keys")
         store = self._open_store()
-        keys = self._cursors.pop(key, None)  # at once: another thread may be at the same key
-        return self._advance(keys or self._guarded(self._call(store.keys_after, key)))
+        batch = self._batch()
+        cursors = self._cursors if batch is None else batch.cursors
+        keys = cursors.pop(key, None)  # at once: another thread may be at the same key
+        return self._advance(keys or self._guarded(self._call((batch or store).keys_after, key)))
 
     def _advance(self, keys: Iterator[bytes]) -> bytes | None:
         key = next(keys, None)
         if key is not None:
-            self._cursors[key] = keys
-            for oldest in list(self._cursors)[:-_WALKS]:
-                self._cursors.pop(oldest, None)
+            batch = self._batch()
+            cursors = self._cursors if batch is None else batch.cursors
+            cursors[key] = keys
+            for oldest in list(cursors)[:-_WALKS]:
+                cursors.pop(oldest, None)
         return key
 
     def popitem(self) -> tuple[bytes, bytes]:
         """Delete some key and return it with its value; KeyError if there is none. A loop of these is linear."""
-        item = self._call(self._writable_store().popitem)
+        store = self._writable_store()
+        item = self._call((self._batch() or store).popitem)
         if item is None:
             raise KeyError("popitem(): the database is empty")
         return item
 
     def clear(self) -> None:
-        """Delete every key, and give back the space. O(1), but for unlinking the files."""
-        self._call(self._writable_store().clear)
+        """Delete every key, and give back the space. O(1), but for unlinking the files. `error` in a batch."""
+        self._writable_store()
+        self._call(self._outside_of_a_batch("clear").clear)
 
     def __ior__(self, other: Items) -> Self:
         self.update(other)
         return self
 
-    if TYPE_CHECKING:  # the inherited one, which takes whatever can be set
+    def update(self, other: Items = (), /, **named: Bytes) -> None:  # type: ignore[override]
+        """Set keys from a mapping, from (key, value) pairs, and from keywords: far faster than one by one.
 
-        def update(self, other: Items = (), /, **named: Bytes) -> None: ...  # type: ignore[override]
+        They are written in batches of at most 16 MiB, and of a quarter of `segment_size`, each of which is all or nothing; in a batch they
+        become a part of it. If something is not as it should be, or `other` raises, the batch that was being gathered is not written, and
+        those before it are. What `other` reads of this database does not show what is being gathered. O(1) for a key.
+        """
+        limit = min(UPDATE_LIMIT, self._how[2].segment_size // 4)
+        self._write_pairs(_pairs(other), limit)
+        if named:
+            self._write_pairs(named.items(), limit)
+
+    def _write_pairs(self, pairs: Iterable[tuple[Bytes, Bytes]], limit: int) -> None:
+        """Set keys in batches of at most so many bytes of records, or as a part of the batch that this thread is in."""
+        store = self._writable_store()
+        if self._batch() is not None:
+            for key, value in pairs:
+                self[key] = value
+            return
+        gathered: dict[bytes, bytes] = {}
+        size = 0
+        for key, value in pairs:  # one turn a record: `python -m compat.figures.bulk_load`
+            if type(key) is not bytes:
+                key = _as_bytes(key, "keys")
+            if type(value) is not bytes:
+                value = _as_bytes(value, "values")
+            length = len(key) + len(value)
+            size += length + OVERHEAD
+            if size > limit:
+                if length > SIZE_LIMIT:
+                    _require_size(length)
+                self._write_gathered(store, gathered)
+                gathered, size = {}, length + OVERHEAD
+            gathered[key] = value
+        self._write_gathered(store, gathered)
+
+    def _write_gathered(self, store: Store, gathered: dict[bytes, bytes]) -> None:
+        self._call(store.write_batch, [(key, value, 0, 0) for key, value in gathered.items()])
+
+    def _write_back(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
+        """Set keys, all or nothing if they fit one batch, for `Shelf.sync`."""
+        self._write_pairs(pairs, BATCH_LIMIT)
+
+    # Batches.
+
+    def batch(self) -> Batch:
+        """Write several changes as one: `with db.batch():`. After a crash all of them are there or none; it also takes far less time.
+
+        What this thread sets and deletes in the block is kept in memory until the block ends, and is then written by one write under one
+        lock. The thread's own reads see it before. Other threads and processes go on as if there was no batch, and may see it half
+        written for the moment in which its keys come to be known; they may also have batches of their own. An exception that leaves the
+        block drops everything; so does a fork, in the child.
+
+        `error`: a batch within one of the same thread; more than 256 MiB of records, which leaves the batch as it was before;
+        `sync`, `clear`, `merge`, `reorganize` and `backup` in the block; leaving it when the database has been closed.
+
+        >>> import dbm_bitcask, os, tempfile
+        >>> with dbm_bitcask.open(os.path.join(tempfile.mkdtemp(), "example")) as db:
+        ...     with db.batch():
+        ...         db["from"], db["to"] = "90", "110"
+        ...         len(db)
+        2
+        """
+        return Batch(self, self._batches, self._writable_store(), self._call)
+
+    def _batch(self) -> Batch | None:
+        """The batch that this thread is in."""
+        return batch_of(self._batches) if self._batches else None
+
+    def _get(self, key: bytes) -> bytes | None:
+        batch = self._batch()
+        return self._log.get(key) if batch is None else batch.get(key)
+
+    def _outside_of_a_batch(self, what: str) -> Store:
+        store = self._open_store()
+        if self._batch() is not None:
+            raise error(f"{what} in a batch: leave the batch first")
+        return store
 
     # The whole.
 
     def sync(self) -> None:
-        """Make everything written so far durable. Does nothing if the database was opened for reading only."""
-        store = self._open_store()
+        """Make everything written so far durable. Does nothing if the database was opened for reading only. `error` in a batch."""
+        store = self._outside_of_a_batch("sync")
         if self._writable:
             self._call(store.sync)
 
@@ -420,7 +528,8 @@ class Database(_Container, MutableMapping[bytes, bytes]):
 
         `progress(done, total)`, in bytes, is called now and then.
         """
-        self._call(self._writable_store().merge, progress)
+        self._writable_store()
+        self._call(self._outside_of_a_batch("merge").merge, progress)
 
     def reorganize(self, progress: Callable[[int, int], object] | None = None) -> None:
         """The name that the standard library has for `merge` since 3.15."""
@@ -433,15 +542,20 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         Readers can make one, too. There must be nothing at `path`, or an empty directory. `progress(done, total)`, in bytes, is called now
         and then. Raises `error`; nothing stands at `path` then. O(keys), for the index, and the bytes of what cannot be shared.
         """
-        self._call(self._open_store().backup, os.path.abspath(os.fsdecode(path)), progress)  # noqa: PTH100  (also bytes)
+        store = self._outside_of_a_batch("backup")
+        self._call(store.backup, os.path.abspath(os.fsdecode(path)), progress)  # noqa: PTH100  (also bytes)
 
     def stats(self) -> Stats:
         """Sizes and counts. O(segments and pages of the index)."""
         return self._call(self._open_store().stats)
 
     def close(self) -> None:
-        """Make everything durable and end the use. A second call does nothing, unless the first was interrupted."""
+        """Make everything durable and end the use; a batch that is open is dropped.
+
+        A second call does nothing, unless the first was interrupted.
+        """
         self._cursors.clear()
+        self._batches.clear()
         self._call(self._store.close)
 
     def __enter__(self) -> Self:
@@ -456,6 +570,10 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         if store is not None and not store.closed:
             with suppress(Exception):  # at the end of the interpreter anything may be gone; and nothing is lost without a close
                 store.close()
+
+    def _in_order(self) -> Iterator[tuple[bytes, bytes]]:
+        store = self._open_store()
+        return self._guarded((self._batch() or store).items())
 
     def _call(self, action: Callable[..., Default], *args: object) -> Default:
         try:
@@ -478,11 +596,23 @@ class Database(_Container, MutableMapping[bytes, bytes]):
             raise as_error(failure, self._path) from failure
 
 
+def _pairs(other: Any) -> Iterable[tuple[Any, Any]]:
+    """(key, value) pairs of what `update` takes."""
+    if type(other) is dict:
+        return other.items()
+    if isinstance(other, Mapping):
+        return ((key, other[key]) for key in other)
+    if hasattr(other, "keys"):
+        return ((key, other[key]) for key in other.keys())  # noqa: SIM118  (it need not be iterable)
+    pairs: Iterable[tuple[Any, Any]] = other
+    return pairs
+
+
 class _Items(ItemsView[bytes, bytes]):
     _mapping: Database
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        return self._mapping._guarded(self._mapping._open_store().items())
+        return self._mapping._in_order()
 
 
 class _Values(ValuesView[bytes]):

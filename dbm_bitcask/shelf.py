@@ -35,7 +35,8 @@ class Shelf(shelve.Shelf[Any]):
     the database can run code in the process that reads it.
 
     A walk over all values reads the database once, in the order of its log. `protocol`, `writeback` and `keyencoding` are those of
-    `shelve.Shelf`, and so is what happens with `writeback`: each value that was read is kept in memory, and written by `sync` and `close`.
+    `shelve.Shelf`, and so is what happens with `writeback`: each value that was read is kept in memory, and written by `sync` and `close`,
+    all or nothing if it fits a batch of the database.
     A `sync` that fails can be called again. What a subclass does in `__getitem__` is not asked by `get`, `items`, `values` and `pop`.
     """
 
@@ -155,9 +156,19 @@ class Shelf(shelve.Shelf[Any]):
         """Write what `writeback` keeps, and make everything durable. If it fails, a later call tries all of it again."""
         writeback = self.writeback
         try:
+            if self._ours and type(self).__setitem__ is Shelf.__setitem__:  # else a subclass wants to see each value
+                self._write_back()
             super().sync()
         finally:
             self.writeback = writeback  # which the standard library forgets then
+
+    def _write_back(self) -> None:
+        """Write what is kept, as one batch if it fits one, and keep it no more."""
+        self.dict._outside_of_a_batch("sync")
+        if self.writeback and self.cache:
+            cache = self.cache
+            self.dict._write_back((key.encode(self.keyencoding), self._dumped(value)) for key, value in cache.items())
+            self.cache = {}
 
     def close(self) -> None:
         """`sync`, and close the database, also if that fails. A second call does nothing."""

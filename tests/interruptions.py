@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType
 
 PACKAGE = Path(dbm_bitcask.__file__).parent
-FOLLOWED = (str(PACKAGE / "engine"), str(PACKAGE / "database.py"), contextlib.__file__)
+FOLLOWED = (str(PACKAGE / "engine"), str(PACKAGE / "database.py"), str(PACKAGE / "batch.py"), contextlib.__file__)
 
 
 class Interruption:

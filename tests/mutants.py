@@ -11,7 +11,24 @@ import secrets
 import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
-from dbm_bitcask.engine import contents, files, keydir, lock, log, lookup, merge, page, record, recovery, rotation, segment, store, write
+from dbm_bitcask.engine import (
+    backup,
+    batch,
+    contents,
+    files,
+    keydir,
+    lock,
+    log,
+    lookup,
+    merge,
+    page,
+    record,
+    recovery,
+    rotation,
+    segment,
+    store,
+    write,
+)
 from dbm_bitcask.engine import header as at
 
 if TYPE_CHECKING:
@@ -48,7 +65,7 @@ def rewrite(place: object, name: str, *words: str) -> None:
     changed: dict[str, object] = {}
     exec(compile(source, f"<mutant of {name}>", "exec"), function.__globals__, changed)
     setattr(place, name, changed[name])
-    for module in (contents, log, merge, recovery, rotation, store, write, keydir):
+    for module in (batch, contents, log, merge, recovery, rotation, store, write, keydir):
         if getattr(module, name, None) is function:
             setattr(module, name, changed[name])
 
@@ -274,6 +291,56 @@ def tombstone_is_dropped_whatever_is_older() -> None:
 @mutant("test_redteam.py::test_few_tombstones_over_a_cold_segment_stay_where_they_are")
 def tombstones_count_as_dead() -> None:
     rewrite(merge, "_victims", "if number == len(victims):", "if True:", "_are_tombstones_many(log) and ", "")
+
+
+# Batches.
+
+BATCH = "test_batch.py"
+
+
+@mutant(f"{BATCH}::test_reader_that_comes_when_the_writer_died_in_a_batch_sees_all_of_it")
+def nobody_is_told_that_a_batch_is_being_published() -> None:
+    rewrite(batch, "write_all", "    words[at.BATCH] = run.origin\n", "")
+
+
+@mutant(f"{BATCH}::test_sync_within_a_batch_that_is_being_published_vouches_for_what_is_before_it")
+def sync_vouches_for_a_part_of_a_batch() -> None:
+    rewrite(log.Log, "whole_tail", "return begun or tail", "return tail")
+
+
+@mutant("test_recovery.py::test_operation_that_is_killed_at_any_step_is_done_or_not_and_the_next_one_goes_on")
+def key_that_was_stored_in_a_run_counts_as_overwritten() -> None:
+    rewrite(recovery, "_publish_one", "place.location == tail", "False")
+
+
+@mutant("test_recovery.py::test_operation_that_is_killed_at_any_step_is_done_or_not_and_the_next_one_goes_on")
+def pages_of_a_run_are_not_counted_anew() -> None:
+    rewrite(batch, "resume", "        _recount(log, hashes)\n", "")
+
+
+@mutant(f"{BATCH}::test_full_disk_is_found_before_anything_is_appended")
+def pages_are_split_behind_the_frame() -> None:
+    rewrite(
+        batch,
+        "write_all",
+        "    _make_room(log, hashes)\n    run = _append(log, wanted, hashes)\n",
+        "    run = _append(log, wanted, hashes)\n    _make_room(log, hashes)\n",
+    )
+
+
+@mutant(f"{BATCH}::test_record_of_a_batch_that_goes_bad_while_a_half_is_published_takes_all_of_it")
+def half_a_batch_is_cut_where_it_does_not_verify() -> None:
+    rewrite(recovery, "_repair", "found is None and log.batch_around(tail)[0]", "False")
+
+
+@mutant(f"{BATCH}::test_only_the_frame_says_that_all_before_it_was_synced", f"{BATCH}::test_every_torn_frame_is_cut_as_a_whole")
+def records_within_a_batch_say_that_all_before_them_was_synced() -> None:
+    rewrite(batch, "_encode", "pack(size, key_end, padding, 0, now)", "pack(size, key_end, padding, SYNCED, now)")
+
+
+@mutant(f"{BATCH}::test_backup_of_a_database_in_a_batch_takes_all_of_it_or_nothing")
+def backup_ends_within_a_batch() -> None:
+    rewrite(backup, "_snapshot", "log.batch_around(tail)[0] or tail", "tail")
 
 
 # Locks, processes and files.

@@ -68,6 +68,8 @@ REASONS = {
         test_repair::test_database_that_is_whole_is_left_alone
     """,
     PROCESSES: """
+        test_batch::test_child_of_a_fork_is_in_no_batch_and_writes_nothing_of_it
+        test_batch::test_child_of_a_fork_that_leaves_the_block_writes_nothing
         test_dead_processes
         test_kill::test_writer_goes_on_beside_one_that_is_killed
         test_pitfalls::test_pitfall_20_nothing_is_cut_that_somebody_may_have_mapped

@@ -22,7 +22,8 @@ def run(capsys):
 def damaged(tmp_path):
     path = tmp_path / "db"
     with dbm_bitcask.open(path, segment_size=4096) as db:
-        db.update({b"%d" % number: b"v" * 100 for number in range(100)})
+        for number in range(100):
+            db[b"%d" % number] = b"v" * 100
     with (path / "00000002.data").open("r+b") as file:
         file.seek(300)
         file.write(b"damage")

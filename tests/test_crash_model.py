@@ -65,6 +65,10 @@ class DatabaseWithPowerCuts(RuleBasedStateMachine):
         if key in self.model:
             self.run.delete(key)
 
+    @rule(changes=st.dictionaries(keys, st.none() | values, min_size=1, max_size=8))
+    def batch(self, changes):
+        self.run.batch(changes)
+
     @rule()
     def make_durable(self):
         self.run.synced()

@@ -72,6 +72,22 @@ class Run:
     def merge(self):
         self.step(lambda: self.db.merge())
 
+    def batch(self, changes):
+        """Set keys, and delete those whose value is None, all or nothing."""
+
+        def change(mapping):
+            for key, value in changes.items():
+                if value is None:
+                    mapping.pop(key, None)
+                else:
+                    mapping[key] = value
+
+        def action():
+            with self.db.batch():
+                change(self.db)
+
+        self.step(action, change)
+
     def clear(self):
         self.step(lambda: self.db.clear(), lambda model: model.clear())
 
@@ -174,9 +190,24 @@ def keydirs_made_anew(run):
         run.close()
 
 
+def batches(run):
+    run.open()
+    for number in range(5):
+        run.batch({b"key %d" % (key % 9): b"%d " % number * 30 for key in range(number, number + 6)})
+        run.set(b"plain", b"%d" % number)
+    run.synced()
+    run.batch({b"key 1": None, b"key 2": b"behind the sync", b"key 3": None, b"new": b"value"})
+    run.batch({b"large": b"l" * 3000, b"larger": b"l" * 3000, b"key 4": None})
+    run.batch({b"new": None, b"plain": None})
+    run.merge()
+    run.batch({b"key 5": b"behind the merge", b"key 6": None})
+    run.close()
+
+
 WORKLOADS = [
     overwrites_and_rotations,
     large_values,
+    batches,
     merges,
     online_merges,
     clears_and_new_databases,

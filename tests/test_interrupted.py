@@ -79,6 +79,27 @@ def deleted(key):
     return lambda mapping: mapping.pop(key, None)
 
 
+SOME_NEW = {b"new %d" % number: b"value" for number in range(3)}
+
+
+def without_new(db):
+    some(db)
+    for key in SOME_NEW:
+        db.pop(key, None)
+
+
+def batch(db):
+    with db.batch():
+        batch_in_a_dict(db)
+
+
+def batch_in_a_dict(mapping):
+    mapping[b"new"] = b"1"
+    mapping[b"key 1"] = b"another"
+    mapping.pop(b"key 2", None)
+    mapping[b"key 3"] = b"another"
+
+
 PLAIN = {
     "get": Operation(lambda db: db.get(b"key 1")),
     "get of a missing key": Operation(lambda db: db.get(b"missing")),
@@ -90,6 +111,9 @@ PLAIN = {
     "delete": Operation(lambda db: db.__delitem__(b"key 1"), deleted(b"key 1")),
 }
 LONG = {
+    "batch": Operation(batch, batch_in_a_dict),
+    "update": Operation(lambda db: db.update(SOME_NEW), lambda model: model.update(SOME_NEW), without_new),
+    "batch that rotates": Operation(batch, batch_in_a_dict, full_segment, **TINY),
     "set that is synced": Operation(set_to(b"new", b"1"), set_to(b"new", b"1"), sync="always"),
     "pop": Operation(deleted(b"key 1"), deleted(b"key 1")),
     "setdefault": Operation(lambda db: db.setdefault(b"new", b"1"), set_to(b"new", b"1")),

@@ -16,6 +16,7 @@ ROWS = [
     {"store"},
     {"walk", "merge", "syncer", "check", "repair", "backup"},
     {"recovery"},
+    {"batch"},
     {"write"},
     {"rotation"},
     {"log", "contents"},

@@ -363,8 +363,12 @@ def test_fences_change_nothing(path, monkeypatch):
     for module in (keydir, log.files, lookup, page, write):
         monkeypatch.setattr(module, "fence", lambda: (fences.append(1), files._fence()))
     with dbm_bitcask.open(path, segment_size=4096) as db:
-        db.update({b"%d" % number: b"v" for number in range(1000)})
+        for number in range(1000):
+            db[b"%d" % number] = b"v"
         written = len(fences)
+        db.update({b"%d" % number: b"v" for number in range(500, 1500)})
+        assert len(fences) > written
+        assert len(db) == 1500
         assert db.get(b"no such key") is None
         assert len(fences) > written
         db.clear()

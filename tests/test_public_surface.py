@@ -24,8 +24,8 @@ NAMES = [
 
 METHODS = """
     __contains__ __delitem__ __enter__ __eq__ __exit__ __getitem__ __ior__ __iter__ __len__ __reduce__ __setitem__
-    backup clear close firstkey get items iterkeys keys merge nextkey pop popitem reorganize set setdefault stats sync touch ttl update
-    values
+    backup batch clear close firstkey get items iterkeys keys merge nextkey pop popitem reorganize set setdefault stats sync touch ttl
+    update values
 """.split()  # noqa: SIM905
 
 EMPTY = inspect.Parameter.empty

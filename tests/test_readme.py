@@ -38,6 +38,7 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         "b'Many happy returns of the day.'",
         "True of 50 MB that were written",
         "True after all at once",
+        "b'50'",
     ):
         assert said in printed
 

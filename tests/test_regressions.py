@@ -326,7 +326,8 @@ def test_sync_that_fails_while_another_handle_changes_the_keydir_stops_all_writi
 
         monkeypatch.setattr(keydir.Keydir, "_swing", swing_during_a_failed_sync)
         with pytest.raises(dbm_bitcask.error, match="an earlier sync failed"):
-            db.update({b"k%d" % number: b"v" for number in range(300)})
+            for number in range(300):
+                db[b"k%d" % number] = b"v"
         for handle in (db, other):
             with pytest.raises(dbm_bitcask.error, match="an earlier sync failed"):
                 handle.sync()

@@ -6,6 +6,7 @@ The engine knows files and records. It knows nothing of dbm, str or pickle; it n
     walk, merge, syncer             iteration; giving back space; when the log becomes durable
     check, repair                   what is wrong with a database, and what can be done about it
     recovery                        how the log and its index are made whole again
+    batch                           how several operations change them as one
     write, rotation                 how one operation changes them; how the list of segments changes
     log, contents                   the log with its index, as one handle holds them; what is in a segment
     ticker                          a thread that does something now and then

@@ -14,6 +14,7 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING
 
+from . import header as at
 from . import names, rotation, segment
 from .errors import error
 from .header import MASK32
@@ -68,7 +69,11 @@ def _snapshot(log: Log) -> tuple[int, Manifest, File, int]:
         if not log.is_current():
             log.follow()
         epoch, listed, (_, entry, active) = log.epoch, log.manifest, log.held
+        before = log.keydir.counter(at.TAIL)
         _, tail = log.published()
+        tail = log.batch_around(tail)[0] or tail  # of a batch that is being published, nothing
+        if log.keydir.counter(at.TAIL) != before:
+            continue
         if tail >> 32 == entry.id == listed.active.id and log.is_current() and log.epoch == epoch:
             return epoch, listed, active, tail & MASK32
 

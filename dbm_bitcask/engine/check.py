@@ -139,7 +139,7 @@ def _check_segment(log: Log, entry: Entry, keydir: Keydir | None, index: _Index 
         yield Problem(bad.path, bad.offset, bad.reason)
         return
     size = segment.readable_size(file)
-    end = entry.length or _end_of_active(entry, keydir, size) or contents.torn_tail_at(segment.map_segment(file, size), entry, size)
+    end = entry.length or _end_of_active(log, entry, keydir, size) or contents.torn_tail_at(segment.map_segment(file, size), entry, size)
     tally.length = end - segment.FIRST_RECORD
     reading = contents.Reading(segment.map_segment(file, end), entry, end)
     hinted = contents.read_keys(log.directory, entry) if entry.length else None
@@ -159,11 +159,11 @@ def _check_segment(log: Log, entry: Entry, keydir: Keydir | None, index: _Index 
             yield Problem(path, None, "the hint does not list the keys of its segment; delete it")
 
 
-def _end_of_active(entry: Entry, keydir: Keydir | None, size: int) -> int:
+def _end_of_active(log: Log, entry: Entry, keydir: Keydir | None, size: int) -> int:
     """The tail if the keydir knows it. What is behind it is an unfinished write, for the next writer to finish."""
     if keydir is None:
         return 0
-    tail = keydir.counter(at.TAIL)
+    tail = log.whole_tail()
     return min(size, tail & MASK32) if tail >> 32 == entry.id else size
 
 

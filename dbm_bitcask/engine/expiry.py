@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .header import Words
     from .record import Record
 
-__all__ = ["expired_bytes", "has_passed", "is_expired", "lifetime", "note", "now"]
+__all__ = ["expired_bytes", "has_passed", "is_expired", "lifetime", "note", "now", "time_left"]
 
 _BOUNDS = (600_000, 86_400_000, 2_592_000_000)  # milliseconds
 _LONGEST = 2**63 // 1000  # seconds: added to any clock, they still have a number in milliseconds
@@ -44,6 +44,11 @@ def has_passed(expiry: int) -> bool:
 def is_expired(found: Record) -> bool:
     """Whether a verified record counts as deleted."""
     return bool(found.flags & EXPIRES) and has_passed(found.expiry)
+
+
+def time_left(expiry: int) -> float | None:
+    """The seconds until this moment, in milliseconds, above 0; None if it is never."""
+    return max(expiry - now(), 1) / 1000 if expiry else None
 
 
 def lifetime(ttl: float | None) -> tuple[int, int]:

@@ -181,8 +181,8 @@ class Keydir:
 
     # Splitting a page. The caller holds the lock.
 
-    def split(self, page: int, hashed: int) -> None:
-        """Replace the full page of a hash by two, or by one without its deleted slots.
+    def split(self, page: int, hashed: int, coming: int = 1) -> None:
+        """Replace the full page of a hash by two, or by one without its deleted slots if that has room for so many as are coming.
 
         1. Double the directory if the page is as deep as it; reserve the pages. A full disk is an OSError, and nothing has changed.
         2. Fill the fresh pages. A crash leaves them unused.
@@ -192,7 +192,7 @@ class Keydir:
         slots = page_slots(self.words, page, min(self.listed, default=0) << 32 or 1)
         depth = page_depth(self.words, page)
         self._require_depth(page, depth, hashed)
-        if len(slots) <= FULL // 2:
+        if len(slots) <= FULL // 2 and len(slots) + coming <= FULL:
             images: tuple[list[int], ...] = divide(slots, 0)[:1]
         else:
             images = divide(slots, 1 << 63 - depth)
@@ -328,10 +328,10 @@ class Keydir:
         elif capacity * PAGE_WORDS > len(words):
             self.refresh()
 
-    def make_room(self) -> None:
-        """Of a keydir that nobody shares yet and that cannot grow afterwards: take twice the space that it needs."""
+    def make_room(self, wanted: int = 0) -> None:
+        """Of a keydir that nobody shares yet and that cannot grow afterwards: take twice the space that it needs, and what is wanted."""
         if not self.file.grows_shared:
-            self._reserve(self.words[at.PAGES])
+            self._reserve(self.words[at.PAGES] + wanted)
 
     # Checksums. The caller holds the lock.
 

@@ -119,6 +119,7 @@ class Log:
         self.sealed_here: list[int] = []  # segments that this handle sealed: it writes their hints when it closes
         self.scanned_end = 0  # how far the active segment is known to be whole while there is no keydir to tell
         self.beside: tuple[Identity | None, ...] | None = None  # `seen_beside` when an own keydir was built
+        self.pages_wanted = 0  # by a batch: of the next keydir, where that cannot grow
         self.passed_over: File | None = None  # the keydir that was not trusted: kept open, so that no other one gets its inode
         self.recover: Callable[..., None] = self._cannot_recover
         self._refreshing, self.recovering = threading.RLock(), threading.RLock()
@@ -451,6 +452,24 @@ class Log:
         except (CorruptionError, Damaged, Gone):
             return False
         return not slots if found.flags & record.TOMBSTONE else tail in slots
+
+    def batch_around(self, tail: int) -> tuple[int, int]:
+        """Where the batch begins and ends in whose middle a tail stands; 0 and 0 if it stands in none."""
+        begun, (_, growing, active) = self.keydir.words[at.BATCH], self.held
+        if not begun < tail or not begun >> 32 == tail >> 32 == growing.id:
+            return 0, 0
+        head = record.decode_head(active.read(record.HEADER.size, begun & MASK32), 0)
+        return (begun, begun + head.length) if head is not None and tail < begun + head.length else (0, 0)
+
+    def whole_tail(self) -> int:
+        """Where the last operation ends that was published as a whole: the tail, or where the batch begins in which it stands."""
+        while True:
+            tail = self.keydir.counter(at.TAIL)
+            begun, _ = self.batch_around(tail)
+            if files.fence:
+                files.fence()
+            if self.keydir.counter(at.TAIL) == tail:  # else the batch may be over, and nothing tells of it
+                return begun or tail
 
     def require_change(self, epoch: int, gone: Gone) -> None:
         """A listed segment is missing: somebody has just merged it away, or it is lost."""

@@ -10,7 +10,8 @@
 
     1. If another keydir stands under the name, go over to it.
     2. A torn record is cut off: it was never acknowledged. A whole one is published, from the prepared counters if they are about it.
-       A seal is a rotation to be finished. Again, until the size is TAIL. Each step leaves a state that this procedure finishes.
+       A seal is a rotation to be finished. Of a batch the rest is published; one that turns out not to verify is cut as a whole, by a
+       rebuild. Again, until the size is TAIL. Each step leaves a state that this procedure finishes.
 
 `open_keydir` takes the keydir that is there if it can be trusted (`header.is_sound`, and the log is the one it was written for), and
 otherwise makes a new one from hints and records, beside the old one, which is left behind marked MOVED:
@@ -29,16 +30,17 @@ import secrets
 from time import time
 from typing import TYPE_CHECKING
 
-from . import contents, names, record, rotation, segment, write
+from . import batch, contents, names, record, rotation, segment, write
 from . import header as at
 from .errors import error
 from .expiry import note
+from .files import is_alive
 from .header import MASK32, PAGE_SIZE
 from .keydir import Keydir, map_words
 from .log import Log, read_manifest
 from .manifest import Entry
 from .page import key_hash, probe
-from .record import EXPIRES, MARK, SEAL, SYNCED, TOMBSTONE
+from .record import BATCH, EXPIRES, MARK, SEAL, SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +77,8 @@ def ready(log: Log) -> None:
         elif log.active.size() != words[words[at.CURRENT] + at.TAIL] & MASK32:
             _repair(log)
         else:
+            if words[at.BATCH]:
+                words[at.BATCH] = 0
             words[at.HOLDER], words[at.HELD_SINCE] = log.lock.pid, int(time()) & MASK32
             return
 
@@ -141,7 +145,9 @@ def _repair(log: Log) -> None:
         rebuild(log)
         return
     found = _record_at(log, tail & MASK32, size)
-    if found is None and log.active.identity().links > 1:
+    if found is None and log.batch_around(tail)[0]:
+        rebuild(log)  # a part of it has been published
+    elif found is None and log.active.identity().links > 1:
         rotation.leave(log, sync=True)  # the file is a backup's, too: what is behind the tail stays there
     elif found is None:
         log.active.truncate(tail & MASK32)
@@ -175,7 +181,17 @@ def _record_at(log: Log, offset: int, size: int) -> record.Record | None:
 
 
 def _publish(log: Log, tail: int, found: record.Record) -> None:
-    """Finish the operation whose record stands whole at the tail."""
+    """Finish the operation whose record stands whole at the tail; a batch as a whole, also if the tail stands in its middle."""
+    if found.flags & BATCH:
+        log.keydir.words[at.BATCH] = tail
+        checksum = int.from_bytes(log.active.read(record.CHECKSUM_SIZE, tail & MASK32), "little")
+        write.publish_mark(log, tail, record.HEADER.size, checksum)
+    else:
+        _publish_one(log, tail, found)
+    batch.resume(log)
+
+
+def _publish_one(log: Log, tail: int, found: record.Record) -> None:
     words = log.keydir.words
     end = (tail & -(MASK32 + 1)) | found.end
     length = end - tail
@@ -193,6 +209,8 @@ def _publish(log: Log, tail: int, found: record.Record) -> None:
     if prepared:
         write.settle(log, place, 0 if found.flags & TOMBSTONE else tail, other)
     else:
+        if place.location == tail:  # stored in a run of a batch, and not counted
+            place = place._replace(location=0, length=0)
         write.publish(log, place, tail, length, checksum, flags=found.flags)
     keydir.recount(probe(keydir.table, hashed).page)
 
@@ -225,6 +243,8 @@ def take_keydir(log: Log) -> bool:
     log.refresh()
     if not log.keydir.has_rows() and log.is_current():
         return False
+    if not log.write and log.batch_around(log.keydir.counter(at.TAIL))[0] and not is_alive(words[at.HOLDER]):
+        return False  # half a batch is there, and who wrote it will not go on
     return log.write or log.is_named()  # under the lock nobody puts another one in its place
 
 
@@ -250,6 +270,8 @@ def _fits_log(log: Log, words: at.Words) -> bool:
     if not header.startswith(checksum.to_bytes(record.CHECKSUM_SIZE, "little")):
         return False
     head = record.decode_head(header, 0)
+    if head is not None and head.flags & BATCH and tail == start + record.HEADER.size:
+        return True  # whoever published it had seen it whole
     # Either the tail is wrong, and would have good records cut off, or the record is damaged, which whoever reads it is told.
     return head is None or start + head.length == tail or not _is_whole(file, start & MASK32, head.length, entry.salt)
 
@@ -296,7 +318,8 @@ def rebuild(log: Log) -> None:
         keydir = _build(log, file, end, write_hints=True)
         if torn:
             end = _leave_torn_segment(log, keydir, end)
-        keydir.make_room()
+        keydir.make_room(log.pages_wanted)
+        log.pages_wanted = 0
         _bind(log, keydir, end)
         if not _mark_moved(log):
             segment.move_generation(active)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from time import monotonic, process_time, thread_time, time
 from typing import TYPE_CHECKING, TypeVar
 
-from . import backup, compression, contents, files, merge, names, recovery, rotation, segment, walk, write
+from . import backup, batch, compression, contents, files, merge, names, recovery, rotation, segment, walk, write
 from . import header as at
 from .errors import CorruptionError, NotFoundError, error
-from .expiry import is_expired, lifetime, now
+from .expiry import has_passed, is_expired, lifetime, time_left
 from .header import PAGE_SIZE
 from .log import Gone, Log, Options, read_manifest
 from .manifest import MARKER, Entry, Manifest
@@ -27,11 +27,15 @@ from .syncer import Syncer
 from .ticker import Ticker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from .batch import Item
     from .files import Directory, File
 
-__all__ = ["MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "SIZE_LIMIT", "Options", "Stats", "Store", "is_database", "lifetime", "may_be_database"]
+__all__ = [
+    "BATCH_LIMIT", "MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "OVERHEAD", "SIZE_LIMIT", "UPDATE_LIMIT", "Item", "Options", "Stats", "Store",
+    "has_passed", "is_database", "lifetime", "may_be_database", "time_left",
+]  # fmt: skip
 
 Result = TypeVar("Result")
 
@@ -46,6 +50,9 @@ _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew 
 MINIMUM_SEGMENT = 4096
 MAXIMUM_SEGMENT = 2**32 - 1
 SIZE_LIMIT = LIMIT - segment.FIRST_RECORD - record_length(EXPIRES, 0, 0) - ALIGNMENT  # of key and value together, in bytes
+OVERHEAD = record_length(EXPIRES, 0, 0) + ALIGNMENT - 1  # a record takes at most so many bytes more than its key and value
+BATCH_LIMIT = 256 * 2**20  # bytes of the records of one batch: they are in memory until they are written
+UPDATE_LIMIT = 16 * 2**20  # bytes of the records that an `update` writes as one batch
 
 
 def may_be_database(path: str) -> bool:
@@ -347,8 +354,7 @@ class Store:
         match = self.log.look_up(key)
         if match is None:
             raise KeyError(key)
-        expiry = match[1].expiry if match[1] else 0
-        return max(expiry - now(), 1) / 1000 if expiry else None
+        return time_left(match[1].expiry if match[1] else 0)
 
     # Writing.
 
@@ -383,6 +389,20 @@ class Store:
         if found:
             self.syncer.wrote()
         return found
+
+    def write_batch(self, items: Sequence[Item]) -> None:
+        """Write (key, value, flags, expiry) items, each of another key, all or nothing; a value of None deletes. O(items)."""
+        if self.log.compress is not None:  # before the lock is taken
+            items = [self._packed(*item) for item in items]
+        written = bool(items) and self._change(_write_batch, items)
+        if written:
+            self.syncer.wrote()
+
+    def _packed(self, key: bytes, value: bytes | None, flags: int, expiry: int) -> Item:
+        if value is None:
+            return key, value, flags, expiry
+        packed, stored = self.pack(value)
+        return key, stored, flags | packed, expiry
 
     def delete(self, key: bytes) -> bool:
         """Delete a key; False if it is not there. O(1)."""
@@ -669,6 +689,15 @@ def _touch(log: Log, key: bytes, flags: int, expiry: int) -> bool:
     if flags or found.flags & EXPIRES:
         write.put(log, key, found.value, found.flags & ~(EXPIRES | SYNCED) | flags, expiry)
     return True
+
+
+def _write_batch(log: Log, items: Sequence[Item]) -> bool:
+    try:
+        return batch.write_all(log, items)
+    except BaseException:
+        if log.keydir.words[at.BATCH]:
+            recovery.ready(log)  # or those who read would see a half of it until somebody writes
+        raise
 
 
 def _seal_slice(log: Log) -> bool:

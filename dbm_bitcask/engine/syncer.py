@@ -51,7 +51,7 @@ class Syncer:
         if not log.is_current():
             log.follow()
         file, active = log.active, log.manifest.active.id
-        tail = log.keydir.counter(at.TAIL)
+        tail = log.whole_tail()  # where a failed sync is healed, the segment ends: not within a batch
         recovery.require_sound(log)
         log.durable(file.sync_contents)
         recovery.require_sound(log)  # another sync may have failed at the same time: the kernel tells only one of them

@@ -222,7 +222,13 @@ class Held:
         assert self.file is not None
         block, place = self.file.read(min(_BLOCK, self.end - offset), offset), 0
         with suppress(record.BadRecord):
-            while (found := record.decode(block, place, self.entry.salt ^ offset + place)) and not found.flags & BATCH:
+            while head := record.decode_head(block, place):
+                if head.flags & BATCH:
+                    place += HEADER.size
+                    continue
+                found = record.decode(block, place, self.entry.salt ^ offset + place)
+                if found is None:
+                    break
                 yield offset + place, found.end - place, found.flags, found.key, found.expiry
                 place = found.end
 
@@ -237,18 +243,18 @@ class Held:
         data, salt, end = memoryview(buffer), self.entry.salt, self.end
         last = end - size
         while offset < end:
-            checksum, length, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
+            checksum, length, key_end, _, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
             body = offset + CHECKSUM_SIZE
             after = body + length
+            if flags & BATCH and key_end == size - CHECKSUM_SIZE:
+                offset += size  # what it holds is verified record by record; and the walk may end within it
+                continue
             # Every record, for the length of a damaged one may lead past a good one to another good one.
             if after > end or length < size - CHECKSUM_SIZE or xxh3(data[body:after], salt ^ offset) != checksum:
                 self.damage.append(offset)
                 offset = segment.next_valid(data, salt, offset + record.ALIGNMENT, end) or end
                 continue
             start = offset + size
-            if flags & BATCH:
-                offset = start + padding  # the records of the batch follow
-                continue
             if flags & EXTENDED:
                 (expiry,) = _EXPIRY.unpack_from(data, start)
                 yield offset, after - offset, flags, bytes(data[start + _EXPIRY.size : body + key_end]), expiry

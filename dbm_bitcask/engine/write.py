@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .record import Value
 
 __all__ = [
-    "Place", "append", "bury", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark", "put", "put_new",
-    "settle",
+    "Place", "append", "bury", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark", "publish_run", "put",
+    "put_new", "settle",
 ]  # fmt: skip
 
 _COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
@@ -218,6 +218,7 @@ def append(log: Log, flags: int, key: bytes, value: Value, written: int | None =
         _append(log, data, offset)
     if flags & EXPIRES:
         note(log.keydir.words, log.rows[tail >> 32], length, expiry)
+        log.made_dead += length  # sooner or later
     return tail, length, _U64.unpack_from(data)[0]
 
 
@@ -264,6 +265,23 @@ def publish(log: Log, place: Place, start: int, length: int, checksum: int, *, f
     settle(log, place, location, other)
 
 
+def publish_run(log: Log, number: int, start: int, end: int, checksum: int) -> None:
+    """Count so many new keys, whose slots have been stored, of which `start` is the last one's record.
+
+    Until this is done, the START of the other counters is not the tail: whoever comes next goes through the records one by one.
+    """
+    words = log.keydir.words
+    current = words[at.CURRENT]
+    other = current ^ OTHER
+    _COUNTERS.pack_into(words, other * 8, end, words[current + at.COUNT] + number, words[current + at.TOMBSTONES], checksum, 0, 0)
+    if fence:
+        fence()
+    words[other + at.START] = start
+    if fence:
+        fence()
+    words[at.CURRENT] = other
+
+
 def settle(log: Log, place: Place, location: int, prepared: int) -> None:
     """Steps 4 and 5: do what the prepared counters say."""
     words = log.keydir.words
@@ -284,7 +302,7 @@ def mark(log: Log) -> None:
 
 
 def publish_mark(log: Log, start: int, length: int, checksum: int) -> None:
-    """Count an appended mark: its bytes are dead from the beginning."""
+    """Count an appended mark, or the header of a batch: its bytes are dead from the beginning."""
     words = log.keydir.words
     current = words[at.CURRENT]
     other = current ^ OTHER
