@@ -811,7 +811,7 @@ def test_shelf_writes_back_within_no_batch(path):
 # With a time to live, and compressed
 
 
-def test_batch_holds_keys_that_expire(db, path, monkeypatch):
+def test_batch_holds_keys_that_expire(db, monkeypatch):
     clock = [10**18]
     monkeypatch.setattr(expiry, "time_ns", lambda: clock[0])
     db[b"plain"] = b"value"

@@ -263,7 +263,8 @@ def offsets(file):
 def synced(path):
     """A killed writer that had synced, and written a little more."""
     db = dbm_bitcask.open(path, "c")
-    db.update(ITEMS)
+    for key, value in ITEMS.items():
+        db[key] = value
     db.sync()
     db[b"behind"] = b"the sync"
     abandon(db)
@@ -980,8 +981,9 @@ def reopened_by_somebody_who_dies_too(machine, frozen, path, possible, every=1):
 @pytest.mark.parametrize(
     ("name", "every"), [("set a new key", 1), ("overwrite", 1), ("delete", 1), ("set that rotates", 4), ("clear", 4), ("batch", 7)]
 )
-def test_finishing_that_is_killed_at_any_step_is_finished(tmp_path, machine, frozen, name, every):
+def test_finishing_that_is_killed_at_any_step_is_finished(tmp_path, machine, frozen, name, every, monkeypatch):
     """Two kills in a row: the second within the repair of what the first left."""
+    monkeypatch.setattr(recovery, "is_alive", lambda _: False)  # else a reader may see a half of a batch
     before = frozen(name)
     operation = OPERATIONS[name]
     with dbm_bitcask.open(thaw(before, tmp_path / "whole"), "w", **operation.options) as db:
