@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import dbm_bitcask
-from crashes import freeze
+from crashes import freeze, require_same_without_keydir
 from dbm_bitcask.engine import rotation, segment
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.record import TOMBSTONE
@@ -38,16 +38,6 @@ def records(path):
 
 def tombstones(path):
     return [key for flags, key in records(path) if flags & TOMBSTONE]
-
-
-def require_same_without_keydir(path, expected):
-    """The log alone says the same."""
-    for file in [path / "keydir", *path.glob("*.hint")]:
-        file.unlink(missing_ok=True)
-    for flag in "rw":
-        with dbm_bitcask.open(path, flag) as db:
-            assert dict(db) == expected
-    assert check(path) == []
 
 
 # Space

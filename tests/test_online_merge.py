@@ -12,6 +12,7 @@ import pytest
 import crashes
 import dbm_bitcask
 from children import run_python
+from crashes import require_same_without_keydir
 from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine import merge, recovery, rotation
 from dbm_bitcask.engine.check import check
@@ -44,15 +45,6 @@ def disk_bytes(path):
 
 def log_bytes(path):
     return sum(file.stat().st_size for file in path.glob("*.data"))
-
-
-def require_same_without_keydir(path, expected):
-    for file in [path / "keydir", *path.glob("*.hint")]:
-        file.unlink(missing_ok=True)
-    for flag in "rw":
-        with dbm_bitcask.open(path, flag) as db:
-            assert dict(db) == expected
-    assert check(path) == []
 
 
 # Space

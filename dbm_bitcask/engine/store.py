@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .batch import Item
     from .files import Directory, File
+    from .record import Record
 
 __all__ = [
     "BATCH_LIMIT", "MAXIMUM_SEGMENT", "MINIMUM_SEGMENT", "OVERHEAD", "SIZE_LIMIT", "UPDATE_LIMIT", "Item", "Options", "Stats", "Store",
@@ -654,38 +655,40 @@ def _recover_keydir(log: Log) -> None:
 # Actions under the lock.
 
 
-def _pop(log: Log, key: bytes) -> bytes | None:
+def _find(log: Log, key: bytes) -> tuple[write.Place, Record] | None:
+    """The place of a key and its record; None if it is not there, or has expired."""
     place = write.locate(log, key, room=False)
     log.require_undamaged(place.location)
     if not place.location:
         return None
     found = log.read(place.location)
-    if is_expired(found):
+    return None if is_expired(found) else (place, found)
+
+
+def _pop(log: Log, key: bytes) -> bytes | None:
+    there = _find(log, key)
+    if there is None:
         return None
+    place, found = there
     value = log.value_of(found, place.location)
     write.bury(log, place, key)
     return value
 
 
 def _setdefault(log: Log, key: bytes, default: bytes, flags: int, packed: bytes) -> bytes:
-    place = write.locate(log, key, room=False)
-    log.require_undamaged(place.location)
-    if place.location:
-        found = log.read(place.location)
-        if not is_expired(found):
-            return log.value_of(found, place.location)
+    there = _find(log, key)
+    if there is not None:
+        place, found = there
+        return log.value_of(found, place.location)
     write.put(log, key, packed, flags)
     return default
 
 
 def _touch(log: Log, key: bytes, flags: int, expiry: int) -> bool:
-    place = write.locate(log, key, room=False)
-    log.require_undamaged(place.location)
-    if not place.location:
+    there = _find(log, key)
+    if there is None:
         return False
-    found = log.read(place.location)
-    if is_expired(found):
-        return False
+    _, found = there
     if flags or found.flags & EXPIRES:
         write.put(log, key, found.value, found.flags & ~(EXPIRES | SYNCED) | flags, expiry)
     return True
