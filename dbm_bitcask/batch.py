@@ -97,6 +97,13 @@ class Batch:
         self._size = size
         self.pending[key] = Pending(value, flags, expiry)
 
+    def delete(self, key: bytes) -> bool:
+        """Delete a key; False if it is not there."""
+        found = self.contains(key)
+        if found:
+            self.put(key, None)
+        return found
+
     def take(self, key: bytes) -> bytes | None:
         """Delete a key, and return its value; None if it is not there."""
         value = self.get(key)

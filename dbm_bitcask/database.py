@@ -6,6 +6,7 @@ import os
 from collections.abc import Container, ItemsView, Iterator, Mapping, MutableMapping, ValuesView
 from contextlib import suppress
 from threading import TIMEOUT_MAX
+from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .batch import Batch, batch_of
@@ -51,6 +52,7 @@ Default = TypeVar("Default")
 
 _ERR_READONLY = "The database is opened for reading only"
 _MISSING = object()
+_BREATH = 0.0002  # seconds between two batches of an update: or the lock would be taken again before anybody who waits is awake
 _WALKS = 16  # by `nextkey` that one handle remembers, as of several threads; one that is forgotten is found again by its key
 _BY_DEFAULT: Any = "".join(("ne", "ver"))  # equal to "never" and another object: whether `sync` was given shows in its identity
 
@@ -335,7 +337,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         store = self._writable_store()
         key = _as_bytes(key, "keys")
         batch = self._batch()
-        found = self._call(store.delete, key) if batch is None else self._call(batch.take, key) is not None
+        found = self._call(store.delete if batch is None else batch.delete, key)
         if not found:
             raise KeyError(key)
 
@@ -468,6 +470,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
                 if length > SIZE_LIMIT:
                     _require_size(length)
                 self._write_gathered(store, gathered)
+                sleep(_BREATH)
                 gathered, size = {}, length + OVERHEAD
             gathered[key] = value
         self._write_gathered(store, gathered)

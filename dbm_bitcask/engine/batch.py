@@ -64,10 +64,13 @@ class _Run(NamedTuple):
         return found
 
 
-def write_all(log: Log, items: Sequence[Item]) -> bool:
-    """Write the items, each of another key, all or nothing; False if there was nothing to do. Deletions of absent keys are left out."""
-    wanted = [item for item in items if item[1] is not None or write.locate(log, item[0], room=False).location]
-    if len(wanted) <= 1:
+def write_all(log: Log, items: Sequence[Item], *, again: bool = False) -> bool:
+    """Write the items, each of another key, all or nothing; False if there was nothing to do.
+
+    Deletions of absent keys are left out, but for those that are written `again`, because an older segment may have something of the key.
+    """
+    wanted = [item for item in items if again or item[1] is not None or write.locate(log, item[0], room=False).location]
+    if len(wanted) <= 1 and not again:
         for key, value, flags, expiry in wanted:
             if value is None:
                 write.delete(log, key)
@@ -78,14 +81,13 @@ def write_all(log: Log, items: Sequence[Item]) -> bool:
     _make_room(log, hashes)
     run = _append(log, wanted, hashes)
     words = log.keydir.words
+    for key, value, flags, expiry in wanted:  # before anything is published: counted twice they do no harm
+        if flags & EXPIRES:
+            note(words, log.rows[run.origin >> 32], record.record_length(flags, len(key), len(value or b"")), expiry)
     words[at.BATCH] = run.origin
     write.publish_mark(log, run.origin, HEADER.size, _U64.unpack_from(run.buffer)[0])
     _publish(log, run)
-    words = log.keydir.words
-    words[at.BATCH] = 0
-    for key, value, flags, expiry in wanted:
-        if flags & EXPIRES:
-            note(words, log.rows[run.origin >> 32], record.record_length(flags, len(key), len(value or b"")), expiry)
+    log.keydir.words[at.BATCH] = 0
     return True
 
 

@@ -350,6 +350,10 @@ class Directory(Descriptor):
             reason = f'the file system is {kind}: a database needs a local one; or open it with files="portable", one process at a time'
             raise error(errno.EOPNOTSUPP, reason, self.name)
 
+    def free_bytes(self) -> int:
+        """The bytes that the file system has left for this user."""
+        return free_bytes(self.fd)
+
     def disk_bytes(self) -> int:
         """The bytes that the files in this directory take on the disk."""
         total = 0
@@ -443,6 +447,15 @@ def maps_at_a_time() -> int:
         return _MAPS // 4
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1024 if limit == resource.RLIM_INFINITY else max(8, min(1024, limit // 4))
+
+
+def free_bytes(place: int | str) -> int:
+    """The bytes that a file system has left for this user; very many where it does not tell."""
+    try:
+        status = os.statvfs(place)
+    except (OSError, AttributeError):
+        return 2**63
+    return status.f_bavail * status.f_frsize
 
 
 def is_alive(pid: int) -> bool:

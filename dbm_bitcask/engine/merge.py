@@ -27,14 +27,14 @@ System, ACM TOCS 10(1), 1992, for cleaning by the part that lives.
 from __future__ import annotations
 
 from time import monotonic, sleep, time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from . import contents, record, rotation, segment, write
 from . import header as at
 from .header import BASE, MASK32
-from .page import SLOT_MASK
+from .page import SLOT_MASK, locations
 from .record import BATCH, BODY, CHECKSUM_SIZE, HEADER, SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
@@ -53,11 +53,14 @@ _BREATH = 0.0001  # seconds between two holds
 _MANY_TOMBSTONES = 4  # one over the part of the log from which on they are many
 _WORTH = 64  # a victim gives back at least the 64th part of itself, or is small enough to be joined with another
 _WORTH_WRITING = 2**22  # bytes that may be dead whatever the rest: below, the fsyncs of a rotation would cost more than the space
+_SPARE = 2**20  # bytes of the disk that are not for a merge, which nobody asked for
 _MANY_SMALL = 32  # segments that there may be beyond those that the bytes of the log need
 _ONE_IN = 256  # writes, of which one pays for all
 _LARGE = 2**11  # bytes that a write makes dead; one that makes twice as many pays twice as often
 _FREED_PER_BYTE = 2  # bytes that are looked at and dead, for each byte that is written while there is something to clean
+_WRITTEN = 2**19  # bytes made dead by a write, above which its slice may last longer in proportion: a batch took longer itself
 _LONGEST = 0.03  # seconds of one slice
+_BYTES = 2**20  # that are looked at under one hold of the lock, besides: values may be large
 _LOOKS = 64  # segments that are surveyed for each write that pays
 
 
@@ -89,9 +92,9 @@ def pay(log: Log, dead: int, *, rotated: bool) -> None:
     words = log.keydir.words
     share = 1 + dead // _LARGE
     if is_due(words[words[at.CURRENT] + at.CHECKSUM], share):
-        _clean_for(log, _FREED_PER_BYTE * dead * max(1, _ONE_IN // share), dead_part=2)
+        _clean_for(log, _FREED_PER_BYTE * dead * max(1, _ONE_IN // share), _LONGEST * max(1, dead // _WRITTEN), dead_part=2)
     elif rotated:
-        _clean_for(log, _FREED_PER_BYTE * min(log.segment_size, _ONE_IN * _LARGE), dead_part=2)
+        _clean_for(log, _FREED_PER_BYTE * min(log.segment_size, _ONE_IN * _LARGE), _LONGEST, dead_part=2)
 
 
 def is_due(checksum: int, share: int) -> bool:
@@ -101,12 +104,12 @@ def is_due(checksum: int, share: int) -> bool:
 
 def work(log: Log) -> bool:
     """Clean a slice while there is nothing else to do, down to a quarter of dead bytes: False if there is nothing to clean."""
-    return _clean_for(log, log.segment_size, dead_part=4)
+    return _clean_for(log, log.segment_size, _LONGEST, dead_part=4)
 
 
-def _clean_for(log: Log, budget: int, *, dead_part: int) -> bool:
+def _clean_for(log: Log, budget: int, seconds: float, *, dead_part: int) -> bool:
     """Clean until so many dead bytes have been seen, or the time is up; start with a new victim only if one over `dead_part` is dead."""
-    deadline = monotonic() + _LONGEST
+    deadline = monotonic() + seconds
     words = log.keydir.words
     if words[at.DAMAGED]:
         return False  # or what may be older would be copied behind what was lost
@@ -158,18 +161,19 @@ def _survey(log: Log) -> _Survey:
     active = log.manifest.active
     total, dead = log.keydir.counter(at.TAIL) & MASK32, rotation.dead_bytes(log, active)
     victim, gain, many = None, 0.0, _are_tombstones_many(log)
+    may_copy = max(0, log.directory.free_bytes() - _SPARE)  # on a full disk, only what needs no copying: it gives space back at once
     for entry in log.manifest.segments[:-1]:
         state = words[rows[entry.id] + at.ROW_MERGED] ^ entry.salt
-        if state in (rotation.CLEANED, rotation.CLEANED_BEHIND):
+        if state == rotation.KEPT:
+            many = False  # tombstones behind it never go
+        if state in (rotation.CLEANED, rotation.CLEANED_BEHIND, rotation.KEPT):
             continue
         gone = rotation.dead_bytes(log, entry)
         total += entry.length
         dead += gone
-        if state == rotation.KEPT:
-            many = False  # tombstones behind it never go
-            continue
-        part = 2.0 if many and not victim else gone / entry.length
-        if part > gain:
+        part = 2.0 if many else gone / entry.length
+        many = False  # tombstones go with the oldest segments
+        if part > gain and entry.length - segment.FIRST_RECORD - words[rows[entry.id] + at.ROW_DEAD] <= may_copy:
             victim, gain = entry, part
     return _Survey(total, total if gain > 1 else dead, victim, gain)
 
@@ -188,7 +192,7 @@ def _drop_if_many(log: Log) -> None:
 # All at once.
 
 
-def merge(log: Log, locked: Callable[..., int], progress: Callable[[int, int], object] | None = None) -> MergeResult:
+def merge(log: Log, locked: Callable[..., Any], progress: Callable[[int, int], object] | None = None) -> MergeResult:
     """Clean every segment that is worth it; `locked(action, ...)` runs an action under the lock. O(bytes of the victims).
 
     `progress(done, total)` is called now and then, in bytes.
@@ -196,7 +200,7 @@ def merge(log: Log, locked: Callable[..., int], progress: Callable[[int, int], o
     locked(_seal_if_worth)
     locked(_drop_cleaned)
     before = rotation.total(log)
-    victims = _victims(log)
+    victims = locked(_victims)
     total = sum(entry.length for entry in victims)
     done = cleaned = 0
     for victim in victims:
@@ -281,8 +285,14 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
     data, salt, end = log.whole(victim), victim.salt, victim.length
     behind = rotation.is_behind_cleaned(log, victim)
     xxh3, unpack, last = xxh3_64_intdigest, HEADER.unpack_from, end - HEADER.size
+    stop = min(end, offset + _BYTES)
     for _ in range(limit):
+        if offset >= stop:
+            break
         checksum, size, key_end, padding, flags, _ = unpack(data, offset) if offset <= last else (0, 0, 0, 0, 0, 0)
+        if size > write.LARGE and _is_dead(log, data, victim.id << 32 | offset, end):
+            offset += CHECKSUM_SIZE + size
+            continue
         source = data if size <= write.LARGE else memoryview(data)  # which is not copied
         body = source[offset + CHECKSUM_SIZE : offset + CHECKSUM_SIZE + size]
         if len(body) < max(size, BODY.size) or xxh3(body, salt ^ offset) != checksum:
@@ -306,9 +316,17 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
             if word:
                 write.move(log, place + 1, hashed, body)  # type: ignore[arg-type]  # never a view: those are kept
                 words[at.COPIED] += CHECKSUM_SIZE + size
-        if offset >= end:
-            return _finish(log, victim, rotation.CLEANED_BEHIND if behind else rotation.CLEANED)
-    return offset
+    return offset if offset < end else _finish(log, victim, rotation.CLEANED_BEHIND if behind else rotation.CLEANED)
+
+
+def _is_dead(log: Log, data: Buffer, location: int, end: int) -> bool:
+    """Whether no slot points at a large record: then it is not read. If a flipped bit says so, the count of what lives keeps the segment."""
+    offset = location & MASK32
+    head = record.decode_head(data, offset)
+    if head is None or head.flags & (contents.OVERHEAD | TOMBSTONE) or offset + head.length > end:
+        return False
+    key = bytes(memoryview(data)[offset + head.key_start : offset + head.key_end])
+    return location not in locations(log.keydir.table, key)
 
 
 def _keep(log: Log, location: int, data: Buffer) -> None:

@@ -251,6 +251,9 @@ class Directory(files.Directory):
     def identity(self) -> Identity:
         return _identity(os.stat(self.name))
 
+    def free_bytes(self) -> int:
+        return files.free_bytes(self.name)
+
     def sync(self) -> None:
         """Make the names durable, where a directory can be opened."""
         if os.name == "posix":

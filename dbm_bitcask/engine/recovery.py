@@ -43,7 +43,7 @@ from .page import key_hash, probe
 from .record import BATCH, EXPIRES, MARK, SEAL, SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from .files import File
     from .hint import Hint
@@ -375,13 +375,31 @@ def heal(log: Log) -> None:
     left = log.entries.get(doubtful.id)
     if left is not None:
         reading = contents.Reading(segment.map_segment(segment.open_segment(log.directory, left), tail & MASK32), left, left.length)
-        for offset, found in reading.records(start):
-            if not found.flags & contents.OVERHEAD:
-                write.keep(log, left.id << 32 | offset, found)
+        _append_again(log, left.id << 32, reading.records(start))
         log.durable(log.active.sync_contents)
         if not reading.damage:
             rotation.relist(log, left.id, (left._replace(length=start),) if start > segment.FIRST_RECORD else ())
     rebuild(log)
+
+
+def _append_again(log: Log, base: int, records: Iterable[segment.Found]) -> None:
+    """Append every record again that counts; those of a batch as a batch, of which a crash leaves all or nothing."""
+    kept: list[batch.Item] = []
+    end = 0  # of the batch that is being gathered
+    for offset, found in records:
+        if kept and offset >= end:
+            batch.write_all(log, kept, again=True)
+            kept = []
+        end = end if offset < end else 0
+        if found.flags & BATCH:
+            end = found.end
+        elif end and write.counts(log, base | offset, found):
+            value = None if found.flags & TOMBSTONE else bytes(found.value)
+            kept.append((found.key, value, found.flags & ~SYNCED, found.expiry))
+        elif not end and not found.flags & contents.OVERHEAD:
+            write.keep(log, base | offset, found)
+    if kept:
+        batch.write_all(log, kept, again=True)
 
 
 def renew_what_is_in_doubt(log: Log) -> None:

@@ -50,7 +50,7 @@ def rotate(log: Log, *, sealed: bool = False) -> None:
     """Seal the active segment and start a new one; `sealed` tells that a seal stands at the tail already."""
     log.sealed_here.append(log.manifest.active.id)
     end = _tail_offset(log) + SEAL_LENGTH
-    gone = cleaned(log)
+    gone = cleaned(log) if not log.keydir.words[at.POISON] else set()  # what was copied out of them may be what is in doubt
     kept = tuple(entry for entry in log.manifest.segments[:-1] if entry.id not in gone)
     fresh = _new_segment(log)
     temporary, listed = _list_with(log, fresh, (*kept, log.manifest.active._replace(length=end)))

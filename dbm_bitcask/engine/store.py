@@ -10,7 +10,7 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic, process_time, thread_time, time
+from time import monotonic, process_time, sleep, thread_time, time
 from typing import TYPE_CHECKING, TypeVar
 
 from . import backup, batch, compression, contents, files, merge, names, recovery, rotation, segment, walk, write
@@ -45,6 +45,7 @@ _CLEAN_KEYS = 100_000  # below this a rebuild after a restart is faster than it 
 _CLEAN_EVERY = 60.0  # seconds
 _TRIES = 1000  # more than the commits that can come while a reader opens
 _IDLE = 0.1  # seconds between two looks of the thread that merges while the process is idle
+_IDLE_BREATH = 0.002  # seconds between two slices of it
 _IDLE_PART = 10  # one over the part of the time that other threads may have had then
 _SHRINK = 4  # a keydir with so many times the pages that it needs is made anew by a merge
 
@@ -284,6 +285,8 @@ class Store:
         return result
 
     def _run_and_pay(self, log: Log, action: Callable[..., Result], *args: object) -> Result:
+        if self._cleaner is not None:
+            self._cleaner.start()  # which a fork ends
         active = log.manifest.active.id
         log.made_dead = 0
         result = self._run(log, action, *args)
@@ -456,7 +459,7 @@ class Store:
         """Merge as long as no other thread of this process does anything."""
         with suppress(OSError, Damaged, Gone):  # it is for whoever uses the database to meet that
             while self._is_idle() and self.locked(merge.work):
-                pass
+                sleep(_IDLE_BREATH)  # for other processes, which wait for the lock
 
     def _is_idle(self) -> bool:
         """Whether the other threads have used no tenth of the time since this was last asked."""

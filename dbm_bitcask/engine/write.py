@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .record import Value
 
 __all__ = [
-    "Place", "append", "bury", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark", "publish_run", "put",
-    "put_new", "settle",
+    "LARGE", "Place", "append", "bury", "counts", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark",
+    "publish_run", "put", "put_new", "settle",
 ]  # fmt: skip
 
 _COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
@@ -172,8 +172,13 @@ def bury(log: Log, place: Place, key: bytes) -> None:
     publish(log, place, start, length, checksum, flags=TOMBSTONE)
 
 
+def counts(log: Log, location: int, found: record.Record) -> bool:
+    """Whether a record counts: its slot points at it, or it is a tombstone whose key is still absent."""
+    return locate(log, found.key, room=False).location == (0 if found.flags & TOMBSTONE else location)
+
+
 def keep(log: Log, location: int, found: record.Record) -> bool:
-    """Append a record again if it counts: its slot points at it, or it is a tombstone whose key is still absent.
+    """Append a record again if it counts.
 
     In the place of one that has expired stands a tombstone: what is older must not come back.
     """
