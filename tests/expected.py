@@ -6,6 +6,7 @@ Contents are compared as {key: (value, second at which it expires or None)}: so 
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import TYPE_CHECKING
 
 from dbm_bitcask.engine import expiry
@@ -103,3 +104,8 @@ def contents(db: dbm_bitcask.Database, now: float) -> Items:
         left = db.ttl(key)
         found[key] = value, None if left is None else now + left
     return found
+
+
+def noise(number: int, size: int) -> bytes:
+    """A value that can be stored in a good half of its bytes, and not in less."""
+    return random.Random(number).randbytes(size // 2).hex().encode()

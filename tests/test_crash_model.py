@@ -16,8 +16,8 @@ import dbm_bitcask
 from crashes import every_write_pays
 from dbm_bitcask.engine import files, store
 from disk import Crashes, Disk, Restored, Write
-from expected import Clock, Expected, contents
-from test_crash_states import BOOT, Run, noise
+from expected import Clock, Expected, contents, noise
+from test_crash_states import BOOT, Run
 
 pytestmark = pytest.mark.harness
 

@@ -21,7 +21,7 @@ from dbm_bitcask.engine import files, names, store
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.page import FULL
 from disk import Crashes, Disk, Restored
-from expected import Clock, Expected, contents
+from expected import Clock, Expected, contents, noise
 
 SEGMENT = 4096
 BOOT = 0x1111
@@ -99,11 +99,6 @@ class Run:
 
     def clear(self):
         self.step(lambda: self.db.clear(), lambda model: model.clear())
-
-
-def noise(number, size):
-    """A value that can be stored in a good half of its bytes, and not in less."""
-    return random.Random(number).randbytes(size // 2).hex().encode()
 
 
 def overwrites_and_rotations(run):
