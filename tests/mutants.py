@@ -305,7 +305,7 @@ def slice_passes_over_records_that_count() -> None:
 @mutant(f"{ONLINE}::test_everything_is_there_while_every_write_cleans", CRASHES)
 def slice_passes_over_records_that_count_and_nobody_counts_what_is_left() -> None:
     slice_passes_over_records_that_count()
-    rewrite(rotation, "_cleaning_of", " and not lives", "")
+    rewrite(rotation, "cleaning_of", " and not lives", "")
 
 
 @mutant(f"{ONLINE}::test_tombstones_of_older_segments_stay", CRASHES)

@@ -95,10 +95,11 @@ class Ledger:
         assert number is not None, f"{key!r} is {'there' if there else 'missing'}, against {values[first:]}; before: {values[:first][-3:]}"
         self._raise_floor(key, number)
 
-    def judge_count(self, count, floors):
+    def judge_count(self, count, floors, unfinished):
+        """Whether so many keys are right; those of a batch that is being published may be counted before they are seen, or after."""
         least = most = 0
         for key, history in self.histories.items():
-            possible = history.values[floors[key] :]
+            possible = [*history.values[floors[key] :], *unfinished.get(key, ())]
             least += None not in possible
             most += history.has_expired or any(value is not None for value in possible)
         assert least <= count <= most, f"{count} keys are counted, and there are {least} to {most}"
@@ -119,7 +120,7 @@ class Ledger:
         self._floors = None
 
     def judge_batch(self, changes, get):
-        """Whether a batch whose writer died in it is there as a whole, or not at all; `changes` has what was there before, and what is new."""
+        """Whether a batch whose writer died in it is there as a whole, or not at all; `changes` has what was there, and what is new."""
         decisive = [key for key, (old, new) in changes.items() if new not in self.ends and (new or (old and old not in self.ends))]
         done = {key: get(key) == changes[key][1] for key in decisive}
         assert len(set(done.values())) <= 1, f"a batch is there in part: {[(key, get(key), *changes[key]) for key in decisive]}"
@@ -570,7 +571,8 @@ class Schedule:
         task.doing = "len"
         self.stop_within()
         floors = self.ledger.floors()
-        self.ledger.judge_count(len(task.db), floors)
+        unfinished = {key: values for changes in self.batches.values() for key, values in changes.items()}
+        self.ledger.judge_count(len(task.db), floors, unfinished)
 
     def iterator(self, task):
         self.open(task, "r")
