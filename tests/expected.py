@@ -43,7 +43,7 @@ class Expected:
     `stored` is what was written last, expired or not.
     """
 
-    def __init__(self, now: float, stored: Mapping[bytes, tuple[bytes, float | None]] = {}) -> None:  # noqa: B006  (it is copied)
+    def __init__(self, now: float, stored: Mapping[bytes, tuple[bytes, float | None]] = {}) -> None:
         self.now = now
         self.stored: Items = dict(stored)
 
@@ -67,7 +67,8 @@ class Expected:
     def set(self, key: bytes, value: bytes, ttl: float | None = None) -> None:
         self.stored[key] = value, None if ttl is None else self.now + ttl
 
-    __setitem__ = set
+    def __setitem__(self, key: bytes, value: bytes) -> None:
+        self.set(key, value)
 
     def touch(self, key: bytes, ttl: float | None) -> None:
         if key not in self:

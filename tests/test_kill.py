@@ -24,7 +24,7 @@ from dbm_bitcask.engine import contents as engine_contents
 from dbm_bitcask.engine.check import check
 from expected import START, Clock, Expected, contents
 
-KINDS = ["set"] * 45 + ["expiring"] * 15 + ["touch"] * 4 + ["delete"] * 15 + ["batch"] * 6 + ["update"] * 2
+KINDS = ["set"] * 45 + ["expiring"] * 15 + ["touch"] * 4 + ["delete"] * 15 + ["batch"] * 3 + ["update"] * 2
 KINDS += ["change"] * 2 + ["sync"] * 2 + ["merge"] + ["clear"]
 KEYS = 150
 LONGEST_WORK = 1_000_000  # changes of one child, and so many seconds
@@ -68,7 +68,7 @@ def apply(target, kind, number, value, ttl):
         target.pop(key, None)
     elif kind == "batch":
         with target.batch():
-            for each in range(number, number + 12):
+            for each in range(number, number + 8):
                 if each % 4:
                     target.set(name(each), value[: each * 5], ttl if each % 2 else None)
                 else:
@@ -179,7 +179,6 @@ PLACES = [
     (write, "publish"),
     (write, "keep"),
     (batch, "write_all"),
-    (batch, "_split_ahead"),
     (batch, "_append"),
     (batch, "_publish"),
     (batch, "_count"),
@@ -241,7 +240,7 @@ def killed_within(path, seed, options, clock):
         call, line = chance.choice([1, 1, 2, 5]), chance.randrange(1, 30)
         pid = fork(lambda: [die_within(place, name, call, line), sessions(path, sink, seed, options, clock)])
         os.close(sink)
-        count, enough = 0, 400
+        count, enough = 0, 300
         while count < enough and (more := os.read(source, enough - count)):
             count += len(more)
         os.kill(pid, signal.SIGKILL)

@@ -23,7 +23,7 @@ items = st.dictionaries(keys, values, max_size=12)
 default = object()
 
 
-class Failed(Exception):
+class BlockError(Exception):
     """Ends a batch."""
 
 
@@ -90,7 +90,7 @@ class DatabaseBesideDict(RuleBasedStateMachine):
     @rule(items=items, doomed=st.lists(keys, max_size=5), fails=st.booleans())
     def batch(self, items, doomed, fails):
         before = dict(self.model)
-        with suppress(Failed), self.db.batch():
+        with suppress(BlockError), self.db.batch():
             for target in (self.db, self.model):
                 target.update(items)
                 for key in doomed:
@@ -99,7 +99,7 @@ class DatabaseBesideDict(RuleBasedStateMachine):
             assert dict(self.db.items()) == self.model
             if fails:
                 self.model = before
-                raise Failed
+                raise BlockError
 
     @rule(key=st.text(max_size=2), value=st.text(max_size=2))
     def set_text(self, key, value):

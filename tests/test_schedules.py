@@ -113,8 +113,9 @@ class Ledger:
         """The clock was set: what is over now is gone for every call from here on, and may be for those that are under way."""
         for history in self.histories.values():
             for number in reversed(range(history.floor, len(history.values))):
-                if self.ends.get(history.values[number], now + 1) <= now and history.values[number + 1 : number + 2] != [None]:
-                    history.values.insert(number + 1, None)
+                if self.ends.get(history.values[number], now + 1) <= now:
+                    if history.values[number + 1 : number + 2] != [None]:
+                        history.values.insert(number + 1, None)
                     history.floor += number == history.floor and not self.clearing
                     history.has_expired = True
         self._floors = None
