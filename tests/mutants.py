@@ -302,13 +302,13 @@ def slice_passes_over_records_that_count() -> None:
     rewrite(merge, "_clean_slice", "            if word:\n", "            if word and hashed % 8:\n")
 
 
-@mutant(f"{ONLINE}::test_everything_is_there_while_every_write_cleans", CRASHES)
+@mutant(f"{ONLINE}::test_overwrites_do_not_grow_the_log_without_bound", CRASHES)
 def slice_passes_over_records_that_count_and_nobody_counts_what_is_left() -> None:
     slice_passes_over_records_that_count()
     rewrite(rotation, "cleaning_of", " and not lives", "")
 
 
-@mutant(f"{ONLINE}::test_tombstones_of_older_segments_stay", CRASHES)
+@mutant(f"{ONLINE}::test_segment_whose_tombstones_went_stays_if_an_older_one_does_not_count_as_cleaned_any_more")
 def segment_whose_tombstones_went_is_dropped_before_older_ones() -> None:
     rewrite(merge, "_clean_slice", "rotation.CLEANED_BEHIND if behind else rotation.CLEANED", "rotation.CLEANED")
 
@@ -316,7 +316,7 @@ def segment_whose_tombstones_went_is_dropped_before_older_ones() -> None:
 # Expiry.
 
 
-@mutant("test_expiry.py::test_merge_moves_what_has_not_expired", CRASHES)
+@mutant("test_expiry.py::test_expiry_outlives", CRASHES)
 def record_that_is_moved_lives_longer() -> None:
     rewrite(write, "keep", "found.value, found.time, found.expiry)", "found.value, found.time, found.expiry and found.expiry + 1000)")
 
