@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import dbm_bitcask
 from crashes import abandon, freeze
-from dbm_bitcask.engine import files, header, manifest, names, rotation, segment, store, write
-from dbm_bitcask.engine.contents import OVERHEAD
+from dbm_bitcask.engine import batch, compression, expiry, files, header, manifest, names, rotation, store, write
+from dbm_bitcask.engine.contents import OVERHEAD, Reading
 from dbm_bitcask.engine.record import SYNCED, TOMBSTONE
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 OLD, NEW = b"older value of ", b"newer value of "
 NEVER = [b"never there", b"key", b"key 99", b"invented"]
+FOR_LONG = 10**10  # seconds to live
 SECONDS = 20  # until what takes milliseconds counts as a hang
 
 
@@ -86,6 +87,12 @@ def _second(db: dbm_bitcask.Database) -> None:
     for number in range(0, 9, 2):
         db[b"key %d" % number] = NEW + b"key %d" % number
     del db[b"key 1"], db[b"key 2"]
+    db.set(b"expiring", NEW + b"expiring", ttl=FOR_LONG)
+    with db.batch():
+        db[b"key 0"] = NEW + b"key 0, in a batch"
+        db[b"in a batch"] = NEW + b"in a batch"
+        db.set(b"expiring in a batch", NEW + b"expiring", ttl=FOR_LONG)
+        del db[b"key 8"]
     db[b"empty value"] = b""
     for number in range(9, 12):
         db[b"key %d" % number] = OLD + b"key %d" % number
@@ -96,6 +103,8 @@ def _third(db: dbm_bitcask.Database) -> None:
     for number in (3, 4, 9):
         db[b"key %d" % number] = NEW + b"key %d, again" % number
     del db[b"key 5"], db[b"key 10"]
+    db[b"compressed"] = b"a value that can be made smaller " * 9
+    db.update({b"key 9": NEW + b"key 9, in a batch", b"key 11": NEW + b"key 11, in a batch"})
 
 
 def _fourth(db: dbm_bitcask.Database) -> None:
@@ -109,22 +118,24 @@ PARTS = (_first, _second, _third, _fourth)
 def make(path: Path, patch: pytest.MonkeyPatch, state: int = header.RESTING, earlier: list[dict[str, bytes]] | None = None) -> Small:
     """A store whose last session ended so: RESTING, CLEAN, or DIRTY, for its process was killed. Always of the same bytes.
 
-    Two sealed segments and an active one, with keys that are overwritten and deleted across them. With `earlier`, each part is a session
-    of its own, and the list gets the files as they were behind each but the last.
+    Two sealed segments and an active one, with keys that are overwritten and deleted across them, some of them in batches, keys that
+    expire one day, and a compressed value. With `earlier`, each part is a session of its own, and the list gets the files as they were
+    behind each but the last.
     """
     chance = random.Random(1)
     with patch.context() as fixed:
         fixed.setattr(secrets, "randbits", chance.getrandbits)
-        for module in (write, rotation):
+        fixed.setattr(expiry, "time_ns", lambda: 1_700_000_000 * 10**9)
+        for module in (write, rotation, batch):
             fixed.setattr(module, "time", lambda: 1_700_000_000.0)
         if state == header.CLEAN:
             fixed.setattr(store, "_CLEAN_KEYS", 0)
-        db = dbm_bitcask.open(path, files="native")
+        db = dbm_bitcask.open(path, files="native", compress="zlib")
         for part in PARTS:
             if earlier is not None and part is not PARTS[0]:
                 db.close()
                 earlier.append(freeze(path))
-                db = dbm_bitcask.open(path, files="native")
+                db = dbm_bitcask.open(path, files="native", compress="zlib")
             part(db)
         if state == header.DIRTY:
             db._store._write_hints()
@@ -142,8 +153,10 @@ def _read(frozen: Mapping[str, bytes]) -> tuple[tuple[Written, ...], dict[bytes,
     for entry in manifest.decode(frozen["MANIFEST"]).segments:
         name = names.segment_name(entry.id)
         data = frozen[name]
-        for offset, found in segment.scan(data, entry.salt, segment.FIRST_RECORD, len(data)):
-            value = None if found.flags & TOMBSTONE else found.value
+        for offset, found in Reading(data, entry, len(data)).records():
+            value = None if found.flags & TOMBSTONE else bytes(found.value)
+            if found.flags & compression.COMPRESSED:
+                value = compression.unpack(found.flags, found.value, 2**20)
             overhead = bool(found.flags & OVERHEAD)
             log.append(Written(name, offset, found.end, found.key, value, bool(found.flags & SYNCED), overhead))
             if not overhead:

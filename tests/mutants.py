@@ -27,6 +27,7 @@ from dbm_bitcask.engine import (
     rotation,
     segment,
     store,
+    walk,
     write,
 )
 from dbm_bitcask.engine import header as at
@@ -250,11 +251,11 @@ def entry_of_the_directory_has_no_version() -> None:
 def slot_is_stored_before_the_record() -> None:
     put = write.put
 
-    def put_slot_first(log: log.Log, key: bytes, value: bytes) -> None:
+    def put_slot_first(log: log.Log, key: bytes, value: record.Value, flags: int = 0, expiry: int = 0) -> None:
         words = log.keydir.words
         place = write.locate(log, key, room=True)
         log.keydir.store(place.slot, place.hashed, words[words[at.CURRENT] + at.TAIL])
-        put(log, key, value)
+        put(log, key, value, flags, expiry)
 
     write.put = put_slot_first
 
@@ -278,8 +279,8 @@ def page_is_split_after_the_append() -> None:
     rewrite(
         write,
         "put",
-        "    place = locate(log, key, room=True)\n    start, length, checksum = append(log, 0, key, value)\n",
-        "    start, length, checksum = append(log, 0, key, value)\n    place = locate(log, key, room=True)\n",
+        "    place = locate(log, key, room=True)\n    start, length, checksum = append(log, flags, key, value, expiry=expiry)\n",
+        "    start, length, checksum = append(log, flags, key, value, expiry=expiry)\n    place = locate(log, key, room=True)\n",
     )
 
 
@@ -291,6 +292,38 @@ def tombstone_is_dropped_whatever_is_older() -> None:
 @mutant("test_redteam.py::test_few_tombstones_over_a_cold_segment_stay_where_they_are")
 def tombstones_count_as_dead() -> None:
     rewrite(merge, "_victims", "if number == len(victims):", "if True:", "_are_tombstones_many(log) and ", "")
+
+
+ONLINE = "test_online_merge.py"
+
+
+@mutant(f"{ONLINE}::test_overwrites_do_not_grow_the_log_without_bound")
+def slice_passes_over_records_that_count() -> None:
+    rewrite(merge, "_clean_slice", "            if word:\n", "            if word and hashed % 8:\n")
+
+
+@mutant(f"{ONLINE}::test_overwrites_do_not_grow_the_log_without_bound", CRASHES)
+def slice_passes_over_records_that_count_and_nobody_counts_what_is_left() -> None:
+    slice_passes_over_records_that_count()
+    rewrite(rotation, "cleaning_of", " and not lives", "")
+
+
+@mutant(f"{ONLINE}::test_segment_whose_tombstones_went_stays_if_an_older_one_does_not_count_as_cleaned_any_more")
+def segment_whose_tombstones_went_is_dropped_before_older_ones() -> None:
+    rewrite(merge, "_clean_slice", "rotation.CLEANED_BEHIND if behind else rotation.CLEANED", "rotation.CLEANED")
+
+
+# Expiry.
+
+
+@mutant("test_expiry.py::test_expiry_outlives", CRASHES)
+def record_that_is_moved_lives_longer() -> None:
+    rewrite(write, "keep", "found.value, found.time, found.expiry)", "found.value, found.time, found.expiry and found.expiry + 1000)")
+
+
+@mutant("test_expiry.py::test_key_of_a_sealed_segment_is_gone_with_or_without_its_hint", CRASHES)
+def walk_does_not_ask_the_clock() -> None:
+    walk.has_passed = lambda _: False
 
 
 # Batches.

@@ -207,13 +207,13 @@ def names_the_place(bench: Bench, flip: Flip, failure: dbm_bitcask.error) -> str
     if flip.file.endswith(".hint"):
         return not_at_all(bench, flip, failure)
     named = isinstance(failure, dbm_bitcask.CorruptionError) and Path(failure.path).name == flip.file
-    return "" if named and failure.offset == start_of(bench.small, flip) else f"it does not name file and offset: {failure!r}"
+    return "" if named and failure.offset in starts_of(bench.small, flip) else f"it does not name file and offset: {failure!r}"
 
 
-def start_of(small: Small, flip: Flip) -> int:
-    """Where the record begins that has this bit; 0 for the header of the segment."""
+def starts_of(small: Small, flip: Flip) -> list[int]:
+    """Where the record begins that has this bit, and the batch that the record is in; 0 for the header of the segment."""
     byte = flip.bit // 8
-    return max((each.offset for each in small.log if each.file == flip.file and each.offset <= byte), default=0) if byte >= 32 else 0
+    return [each.offset for each in small.log if each.file == flip.file and each.offset <= byte < each.end] or [0]
 
 
 both_flags = pytest.mark.parametrize("flag", ["r", "w"])

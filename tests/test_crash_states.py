@@ -21,17 +21,19 @@ from dbm_bitcask.engine import files, names, store
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.page import FULL
 from disk import Crashes, Disk, Restored
+from expected import Clock, Expected, contents, noise
 
 SEGMENT = 4096
 BOOT = 0x1111
 
 
 class Run:
-    """A workload on a recorded disk, and the contents that it should have after each step."""
+    """A workload on a recorded disk, and the contents that it should have after each step, at the moment of that step."""
 
-    def __init__(self, path, disk, sync):
-        self.path, self.disk, self.sync = path, disk, sync
-        self.models = [{}]
+    def __init__(self, path, disk, sync, clock):
+        self.path, self.disk, self.sync, self.clock = path, disk, sync, clock
+        self.compress = None
+        self.models = [Expected(clock.seconds)]
         self.db = None
         self.commits = self.acknowledged = 0
 
@@ -39,7 +41,7 @@ class Run:
         number = len(self.models)
         self.disk.mark("begin", number)
         action()
-        model = dict(self.models[-1])
+        model = Expected(self.clock.seconds, self.models[-1].stored)
         if change:
             change(model)
         self.models.append(model)
@@ -53,12 +55,18 @@ class Run:
 
     def open(self, flag="c"):
         def action():
-            self.db = dbm_bitcask.open(self.path, flag, segment_size=SEGMENT, sync=self.sync)
+            self.db = dbm_bitcask.open(self.path, flag, segment_size=SEGMENT, sync=self.sync, compress=self.compress)
 
         self.step(action, (lambda model: model.clear()) if flag == "n" else None)
 
-    def set(self, key, value):
-        self.step(lambda: self.db.__setitem__(key, value), lambda model: model.__setitem__(key, value))
+    def set(self, key, value, ttl=None):
+        self.step(lambda: self.db.set(key, value, ttl), lambda model: model.set(key, value, ttl))
+
+    def touch(self, key, ttl):
+        self.step(lambda: self.db.touch(key, ttl), lambda model: model.touch(key, ttl))
+
+    def wait(self, seconds):
+        self.clock.seconds += seconds
 
     def delete(self, key):
         self.step(lambda: self.db.__delitem__(key), lambda model: model.__delitem__(key))
@@ -72,21 +80,22 @@ class Run:
     def merge(self):
         self.step(lambda: self.db.merge())
 
-    def batch(self, changes):
+    def batch(self, changes, ttl=None):
         """Set keys, and delete those whose value is None, all or nothing."""
 
-        def change(mapping):
-            for key, value in changes.items():
-                if value is None:
-                    mapping.pop(key, None)
-                else:
-                    mapping[key] = value
+        def change(target):
+            with target.batch():
+                for key, value in changes.items():
+                    if value is None:
+                        target.pop(key, None)
+                    else:
+                        target.set(key, value, ttl)
 
-        def action():
-            with self.db.batch():
-                change(self.db)
+        self.step(lambda: change(self.db), change)
 
-        self.step(action, change)
+    def update(self, items):
+        """All or nothing, if the items are small enough for one batch."""
+        self.step(lambda: self.db.update(items), lambda model: model.update(items))
 
     def clear(self):
         self.step(lambda: self.db.clear(), lambda model: model.clear())
@@ -122,7 +131,10 @@ def merges(run):
     run.synced()
     run.merge()
     run.set(b"key 1", b"behind the merge")
+    run.set(b"key 4", b"gone before the merge", ttl=5)
+    run.set(b"key 5", b"still there behind it", ttl=50)
     run.delete(b"key 2")
+    run.wait(10)
     run.merge()
     run.close()
 
@@ -137,8 +149,12 @@ def online_merges(run):
                 run.delete(b"key %d" % (number % 5))
         run.synced()
         run.set(b"large", b"l" * 5000)
+        run.set(b"key 3", b"gone soon", ttl=5)
+        run.set(b"key 4", b"gone later", ttl=500)
         for number in range(8):
-            run.set(b"key %d" % (number % 2), b"%d " % number * 250)
+            run.set(b"key %d" % (number % 2), b"%d " % number * 250, ttl=30 if number % 3 == 0 else None)
+            run.wait(2)
+        run.batch({b"key 0": None, b"key 1": b"%d " % 1 * 150, b"key 2": b"%d " % 2 * 150, b"key 3": b"again"})
         assert run.db.stats().reclaimed_bytes > SEGMENT
         run.close()
 
@@ -157,9 +173,11 @@ def clears_and_new_databases(run):
 
 
 def short_sessions(run):
+    run.compress = "zlib"
     for number in range(7):
         run.open()
-        run.set(b"key %d" % (number % 3), b"%d " % number * 20)
+        run.wait(1)
+        run.set(b"key %d" % (number % 3), noise(number, 600), ttl=4 if number % 2 else None)
         if number % 3 == 2:
             run.delete(b"key 1")
         run.close()
@@ -169,7 +187,7 @@ def splits(run):
     run.open()
     most = [b"%d" % key for key in range(FULL - 3)]
     for key in most[:-1]:
-        run.models.append({**run.models[-1], key: b"v"})
+        run.models.append(Expected(run.clock.seconds, {**run.models[-1].stored, key: (b"v", None)}))
     run.step(lambda: [run.db.__setitem__(key, b"v") for key in most], lambda model: model.__setitem__(most[-1], b"v"))
     for number in range(8):
         run.set(b"new %d" % number, b"v")
@@ -187,20 +205,27 @@ def keydirs_made_anew(run):
         files.Directory(str(run.path)).remove("keydir")
         run.open("w")
         run.set(b"key 1", b"with a new keydir")
+        run.set(b"key 2", b"gone with the next one", ttl=5)
+        run.wait(10)
         run.close()
 
 
 def batches(run):
+    run.compress = "zlib"
     run.open()
     for number in range(5):
         run.batch({b"key %d" % (key % 9): b"%d " % number * 30 for key in range(number, number + 6)})
         run.set(b"plain", b"%d" % number)
     run.synced()
     run.batch({b"key 1": None, b"key 2": b"behind the sync", b"key 3": None, b"new": b"value"})
-    run.batch({b"large": b"l" * 3000, b"larger": b"l" * 3000, b"key 4": None})
+    run.batch({b"large": noise(1, 5000), b"larger": noise(2, 5000), b"key 4": None})
     run.batch({b"new": None, b"plain": None})
+    run.batch({b"key 7": b"gone soon", b"key 8": noise(3, 600), b"key 1": b"again"}, ttl=5)
+    run.touch(b"key 8", 50)
+    run.wait(10)
     run.merge()
-    run.batch({b"key 5": b"behind the merge", b"key 6": None})
+    run.update({b"key 5": b"behind the merge", b"key 6": noise(4, 500), b"key 7": b"again"})
+    run.batch({b"key 1": None, b"key 8": None, b"large": None})
     run.close()
 
 
@@ -229,10 +254,11 @@ def patches():
 def recorded(workload, path, sync):
     """The disk and the steps of a run."""
     path.mkdir()
-    disk = Disk(path)
-    run = Run(path, disk, sync)
+    disk, clock = Disk(path), Clock()
+    run = Run(path, disk, sync, clock)
     with patches() as patch:
         disk.install(patch)
+        clock.install(patch)
         patch.setattr(files, "boot_id", lambda: BOOT)
         workload(run)
     disk.finish()
@@ -240,24 +266,27 @@ def recorded(workload, path, sync):
 
 
 class Trial:
-    """Opens what a crash left, and says what is wrong with it."""
+    """Opens what a crash left, at the moment of the last step that had begun, and says what is wrong with it."""
 
     def __init__(self, crash, disk, models, path, boot=BOOT):
         self.crash, self.path = crash, path
         self.boot = boot + crash.reboot
         self.models = models
+        self.clock = Clock()
+        self.clock.seconds = models[crash.begun].now
         self.restored = Restored(crash, disk, path)
 
     def install(self, patch):
         self.restored.install(patch)
+        self.clock.install(patch)
         patch.setattr(files, "boot_id", lambda: self.boot)
 
     def right(self):
-        return self.models[self.crash.durable : self.crash.begun + 1]
+        return [model.at(self.clock.seconds) for model in self.models[self.crash.durable : self.crash.begun + 1]]
 
     def contents(self, flag="w"):
         with dbm_bitcask.open(self.path, flag, segment_size=SEGMENT) as db:
-            found = dict(db.items())
+            found = contents(db, self.clock.seconds)
             if flag == "w":
                 db._store.closed = True  # and now it goes away without a close, as after a kill
             return found
@@ -296,7 +325,7 @@ class Trial:
         assert [problem for problem in check(self.path) if not problem.file.endswith(".hint")] == []
         with dbm_bitcask.open(self.path, "w", segment_size=SEGMENT) as db:
             db[b"written"] = b"after"
-        found[b"written"] = b"after"
+        found[b"written"] = b"after", None
         assert self.contents("r") == self.contents() == found
         for name in frozen(self.path):
             if names.parse_hint(name) or name == "keydir":
@@ -359,10 +388,11 @@ def crash_again(crash, disk, models, path, seed):
     with patches() as patch:
         again.install(patch)
         every_write_pays(patch)
+        trial.clock.install(patch)
         patch.setattr(files, "boot_id", lambda: trial.boot)
         again.mark("begin", 1)
         with dbm_bitcask.open(path, "w", segment_size=SEGMENT) as db:
-            found = dict(db.items())
+            found = contents(db, trial.clock.seconds)
             trial.judge(found)
             db[b"second"] = b"not synced"
             again.mark("begin", 2)
@@ -374,10 +404,10 @@ def crash_again(crash, disk, models, path, seed):
             again.mark("begin", 4)
     again.finish()
     steps = [{}, {b"second": b"not synced"}, {b"third": b"value"}, {b"large": b"l" * 5000}]
-    after = [{**found, **{key: value for step in steps[: number + 1] for key, value in step.items()}} for number in range(4)]
+    after = [{**found, **{key: (value, None) for step in steps[: number + 1] for key, value in step.items()}} for number in range(4)]
     count = 0
     for count, second in enumerate(itertools.islice(Crashes(again, seed, random_subsets=2, singles=4), 0, None, 3), 1):
-        right = after[1:] if second.durable else [*trial.right(), *after]
+        right = [Expected(trial.clock.seconds, items) for items in (after[1:] if second.durable else [*trial.right(), *after])]
         another = path.parent / f"{path.name}, second {count}"
         try_one(second, again, right, another, trial.boot)
         shutil.rmtree(another)
@@ -386,7 +416,7 @@ def crash_again(crash, disk, models, path, seed):
 
 
 def try_one(crash, disk, right, path, boot):
-    trial = Trial(crash._replace(durable=0, begun=len(right)), disk, right, path, boot)
+    trial = Trial(crash._replace(durable=0, begun=len(right) - 1), disk, right, path, boot)
     with patches() as patch:
         trial.install(patch)
         try:

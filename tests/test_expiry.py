@@ -23,25 +23,15 @@ from dbm_bitcask.engine import header as at
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.header import MASK32
 from dbm_bitcask.engine.repair import repair
+from expected import START, Clock
 
-START = 1_700_000_000  # seconds
 MINUTE, HOUR, DAY = 60, 3600, 86_400
-
-
-class Clock:
-    """In the place of the system's: it stands still unless it is set."""
-
-    def __init__(self):
-        self.seconds = START
-
-    def __call__(self):
-        return round(self.seconds * 1000) * 1_000_000
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(expiry, "time_ns", clock)
+    clock.install(monkeypatch)
     return clock
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import dbm_bitcask
 from children import fork_and_wait
+from crashes import every_write_pays
 from dbm_bitcask.engine import portable
 from dbm_bitcask.engine.check import check
 
@@ -21,9 +23,14 @@ items = st.dictionaries(keys, values, max_size=12)
 default = object()
 
 
+class BlockError(Exception):
+    """Ends a batch."""
+
+
 class DatabaseBesideDict(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
         self.directory = tempfile.mkdtemp()
         self.path = Path(self.directory, "db")
         self.model = {}
@@ -45,9 +52,16 @@ class DatabaseBesideDict(RuleBasedStateMachine):
         assert {key: db[key] for key in self.model} == self.model
         assert all(key in db for key in self.model)
 
-    @initialize(segment_size=st.sampled_from([4096, 4096, 9000, 2**26]), sync=st.sampled_from(["never", "never", "always"]))
-    def create(self, segment_size, sync):
-        self.options = {"segment_size": segment_size, "sync": sync}
+    @initialize(
+        segment_size=st.sampled_from([4096, 4096, 9000, 2**26]),
+        sync=st.sampled_from(["never", "never", "always"]),
+        compress=st.sampled_from([None, "zlib"]),
+        pays=st.booleans(),
+    )
+    def create(self, segment_size, sync, compress, pays):
+        self.options = {"segment_size": segment_size, "sync": sync, "compress": compress}
+        if pays:
+            every_write_pays(self.patch)
         self.db = self.open("c")
 
     # The mapping
@@ -56,6 +70,36 @@ class DatabaseBesideDict(RuleBasedStateMachine):
     def set(self, key, value):
         self.db[key] = value
         self.model[key] = value
+
+    @rule(key=keys, value=values)
+    def set_for_a_day(self, key, value):
+        """What expires within the test is for `test_expiry`."""
+        self.db.set(key, value, ttl=86_400)
+        self.model[key] = value
+        assert 80_000 < self.db.ttl(key) <= 86_400
+
+    @rule(key=keys, ttl=st.sampled_from([None, 86_400]))
+    def touch(self, key, ttl):
+        if key in self.model:
+            self.db.touch(key, ttl)
+            assert (self.db.ttl(key) is None) == (ttl is None)
+        else:
+            with pytest.raises(KeyError):
+                self.db.touch(key, ttl)
+
+    @rule(items=items, doomed=st.lists(keys, max_size=5), fails=st.booleans())
+    def batch(self, items, doomed, fails):
+        before = dict(self.model)
+        with suppress(BlockError), self.db.batch():
+            for target in (self.db, self.model):
+                target.update(items)
+                for key in doomed:
+                    target.pop(key, None)
+            assert len(self.db) == len(self.model)
+            assert dict(self.db.items()) == self.model
+            if fails:
+                self.model = before
+                raise BlockError
 
     @rule(key=st.text(max_size=2), value=st.text(max_size=2))
     def set_text(self, key, value):
@@ -279,6 +323,7 @@ class DatabaseBesideDict(RuleBasedStateMachine):
                 self.db.close()
                 assert self.problems() == []
         finally:
+            self.patch.undo()
             shutil.rmtree(self.directory)
 
 

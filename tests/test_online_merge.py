@@ -287,6 +287,42 @@ def test_keydir_that_is_made_anew_within_a_merge_brings_nothing_back(path):
     require_same_without_keydir(path, expected)
 
 
+def test_segment_whose_tombstones_went_stays_if_an_older_one_does_not_count_as_cleaned_any_more(path):
+    """As after a bit that flipped in the mark of the older one: or the value would come back at the next rebuild."""
+    with dbm_bitcask.open(path, segment_size=SMALL, merge="manual") as db:
+        db[b"victim"] = b"the old value"
+        fill(db, range(62))
+        db._store.locked(rotation.rotate)
+        del db[b"victim"]
+        db._store.locked(rotation.rotate)
+        first, second = db._log.manifest.segments[:2]
+        for victim in (first, second):
+            assert db._store.locked(merge._clean_slice, victim, 32, 10**6) == victim.length
+        db._log.keydir.words[db._log.rows[first.id] + at.ROW_MERGED] ^= 1 << 40
+        assert db._store.locked(merge._drop_cleaned) == 0
+        expected = dict(db)
+        assert b"victim" not in expected
+    require_same_without_keydir(path, expected)
+
+
+def test_segment_that_somebody_else_has_cleaned_meanwhile_is_left_alone(path):
+    """Its tombstones would be copied once more; and a rotation within the slice would drop it while it is read."""
+    with dbm_bitcask.open(path, segment_size=SMALL, merge="manual") as db:
+        fill(db, range(100))
+        db._store.locked(rotation.rotate)
+        for number in range(60):
+            del db[b"key %d" % number]
+        db._store.locked(rotation.rotate)
+        victim = db._log.manifest.segments[-2]
+        assert db._store.locked(merge._clean_slice, victim, 32, 10**6) == victim.length
+        db[b"filler"] = bytes(SMALL - (db._log.keydir.counter(at.TAIL) & at.MASK32) - 500)
+        expected, tail = dict(db), db._log.keydir.counter(at.TAIL)
+        assert db._store.locked(merge._clean_slice, victim, 32, 10**6) == victim.length
+        assert db._log.keydir.counter(at.TAIL) == tail
+        assert dict(db) == expected
+    require_same_without_keydir(path, expected)
+
+
 # Failures
 
 

@@ -1,7 +1,9 @@
 """Writer, merger, two readers and an iterator, interleaved at every access as a seed says; in half of the seeds a writer is killed.
 
 Every key has one process that writes it, and a history: its values so far, the one being written included. Each answer is held against
-the histories: it must be one that was right between the call and the return, and what was seen once is never taken back.
+the histories: it must be one that was right between the call and the return, and what was seen once is never taken back. The end of a
+key's time is a change of its history, too: the clock stands still but for the moments in which somebody makes it. A batch is judged key
+by key, for readers may see it half written; only that of a writer who died in it is all there behind it, or nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from crashes import every_write_pays, freeze, thaw
 from dbm_bitcask.engine import header, keydir, recovery, rotation
 from dbm_bitcask.engine.check import check
 from dbm_bitcask.engine.page import FULL, key_hash
+from expected import Clock
 from schedules import Hung, Scheduler
 
 AMOUNTS = {"sample": 300, "full": 3000, "release": 100_000}
@@ -38,6 +41,7 @@ class History:
     def __init__(self, value):
         self.values = [value]
         self.floor = 0
+        self.has_expired = False  # then it may be counted though it is not there
 
     def is_settled(self):
         return self.floor == len(self.values) - 1
@@ -49,6 +53,7 @@ class Ledger:
     def __init__(self, contents, fresh):
         self.histories = {key: History(contents.get(key)) for key in [*contents, *fresh]}
         self.recent = list(fresh[:4])
+        self.ends = {}  # when the time of a value is over
         self.clearing = False  # a clear shows to a reader that opens before it shows to one that is open
         self._floors = None
 
@@ -87,21 +92,39 @@ class Ledger:
     def judge_presence(self, key, there, first):
         values = self.histories[key].values
         number = next((number for number in range(first, len(values)) if (values[number] is not None) is there), None)
-        assert number is not None, f"{key!r} is {'there' if there else 'missing'}, against {values[first:]}"
+        assert number is not None, f"{key!r} is {'there' if there else 'missing'}, against {values[first:]}; before: {values[:first][-3:]}"
         self._raise_floor(key, number)
 
-    def judge_count(self, count, floors):
+    def judge_count(self, count, floors, unfinished):
+        """Whether so many keys are right; those of a batch that is being published may be counted before they are seen, or after."""
         least = most = 0
         for key, history in self.histories.items():
-            possible = history.values[floors[key] :]
+            possible = [*history.values[floors[key] :], *unfinished.get(key, ())]
             least += None not in possible
-            most += any(value is not None for value in possible)
+            most += history.has_expired or any(value is not None for value in possible)
         assert least <= count <= most, f"{count} keys are counted, and there are {least} to {most}"
 
     def judge_walk(self, met, floors):
         """Whether whatever was there all the time has been met."""
         missed = [key for key, history in self.histories.items() if key not in met and None not in history.values[floors[key] :]]
         assert not missed, f"an iteration that met {len(met)} keys missed {missed}"
+
+    def expire(self, now):
+        """The clock was set: what is over now is gone for every call from here on, and may be for those that are under way."""
+        for history in self.histories.values():
+            for number in reversed(range(history.floor, len(history.values))):
+                if self.ends.get(history.values[number], now + 1) <= now:
+                    if history.values[number + 1 : number + 2] != [None]:
+                        history.values.insert(number + 1, None)
+                    history.floor += number == history.floor and not self.clearing
+                    history.has_expired = True
+        self._floors = None
+
+    def judge_batch(self, changes, get):
+        """Whether a batch whose writer died in it is there as a whole, or not at all; `changes` has what was there, and what is new."""
+        decisive = [key for key, (old, new) in changes.items() if new not in self.ends and (new or (old and old not in self.ends))]
+        done = {key: get(key) == changes[key][1] for key in decisive}
+        assert len(set(done.values())) <= 1, f"a batch is there in part: {[(key, get(key), *changes[key]) for key in decisive]}"
 
     def settle(self, key, found):
         """See what became of the operation that the last writer of a key died in: it will stay so."""
@@ -284,6 +307,10 @@ class Schedule:
         if not self.clears:
             self.keys = {"writer": [key for n, key in enumerate(keys) if n % 4], "merger": keys[::4]}
         self.writing = 0
+        self.batches = {}  # for each kind of writer the batch that it is in, or died in
+        self.clock = Clock()
+        self.jumps = choose.choice((0, 1, 3))  # of the clock that are still to come
+        self.compress = choose.choice((None, None, "zlib"))
         self.deaths = 0
         self.counter = 0
         self.eager = choose.choice((0.2, 0.5, 0.9))  # to write new keys
@@ -301,11 +328,13 @@ class Schedule:
                 (self.path / name).write_bytes(data)
         with pytest.MonkeyPatch.context() as patch:
             self.scheduler.install(patch)
+            self.clock.install(patch)
             if self.choose.random() < 0.5:
                 every_write_pays(patch)
             self.start()
             self.scheduler.run()
             self.scheduler.install_for_nobody(patch)
+            patch.setattr(recovery, "is_alive", lambda _: False)  # whoever held the lock had this process id, too
             self.verify()
 
     def start(self):
@@ -314,6 +343,8 @@ class Schedule:
         spawn("reader 1", self.reader)
         spawn("reader 2", self.reader, after=choose.choice((0, 500)))
         spawn("iterator", self.iterator, after=choose.choice((0, 0, 500)))
+        if self.jumps:
+            spawn("clock", self.tick)
         if choose.random() < 0.6:
             victim = choose.choice((writers[0], writers[0], writers[1]))
             if choose.random() < 0.3:
@@ -354,7 +385,7 @@ class Schedule:
 
     def open(self, task, flag):
         task.doing = f"open {flag}"
-        task.db = dbm_bitcask.open(self.path, flag, segment_size=SEGMENT_SIZE)
+        task.db = dbm_bitcask.open(self.path, flag, segment_size=SEGMENT_SIZE, compress=self.compress)
 
     def close(self, task):
         task.doing = "close"
@@ -362,9 +393,18 @@ class Schedule:
 
     def settle(self, task, kind):
         task.doing = "look at what a dead one left"
+        self.ledger.judge_batch(self.batches.get(kind, {}), task.db.get)
+        self.batches.pop(kind, None)
         for key in self.keys[kind]:
             if not self.ledger.histories[key].is_settled():
                 self.ledger.settle(key, task.db.get(key))
+
+    def tick(self, _task):
+        while self.jumps:
+            self.scheduler.pause(self.choose.randrange(1500))
+            self.jumps -= 1
+            self.clock.seconds += 10
+            self.ledger.expire(self.clock.seconds)
 
     def writer(self, task):
         for _ in range(self.choose.randrange(6, 16)):
@@ -383,6 +423,8 @@ class Schedule:
                 self.clear(task)
             elif kind < 0.6:
                 self.get(task)
+            elif kind < 0.8:
+                self.batch(task, self.keys["writer"])
 
     def merger(self, task):
         for _ in range(self.choose.randrange(1, 4)):
@@ -390,6 +432,8 @@ class Schedule:
                 if self.keys["merger"]:
                     self.write(task, self.choose.choice(self.keys["merger"]))
                     self.write_new(task, self.keys["merger"])
+                    if self.choose.random() < 0.3:
+                        self.batch(task, self.keys["merger"])
             task.doing = "merge"
             task.db.merge()
             self.scheduler.pause(self.choose.randrange(300))
@@ -402,8 +446,8 @@ class Schedule:
     def write(self, task, key):
         """Some operation on a key of this writer, whose answer is known."""
         db, kind, now = task.db, self.choose.randrange(10), self.ledger.now(key)
-        if kind < 5:
-            self.set(task, key)
+        if kind < 5 or (now in self.ledger.ends and self.jumps):  # whether it is still there then, nobody knows
+            self.set(task, key, ttl=self.choose.choice((None, None, 5, 15)))
         elif kind < 7:
             task.doing = f"delete {key!r}"
             if now is None:
@@ -427,17 +471,42 @@ class Schedule:
             assert db.setdefault(key, value) == (value if now is None else now)
             self.ledger.acknowledge([key])
 
-    def set(self, task, key):
-        value = self.value(key)
+    def set(self, task, key, ttl=None):
+        value = self.value(key, ttl)
         task.doing = f"set {key!r}"
         self.ledger.begin(key, value)
-        task.db[key] = value
+        task.db.set(key, value, ttl)
         self.ledger.acknowledge([key])
 
-    def value(self, key):
+    def batch(self, task, keys):
+        """Set some keys and delete others, also absent ones; or set them by `update`, few and small enough for one batch."""
+        ledger, kind, ttl = self.ledger, task.name.split()[0], self.choose.choice((None, None, 5))
+        chosen = self.choose.sample(keys, min(len(keys), self.choose.choice((2, 4, 8))))
+        is_update = len(chosen) == 2 and ttl is None
+        values = {key: self.value(key, ttl) if is_update or self.choose.random() < 0.7 else None for key in chosen}
+        task.doing = f"batch of {chosen!r}"
+        self.batches[kind] = {key: (ledger.now(key), value) for key, value in values.items()}
+        for key, value in values.items():
+            ledger.begin(key, value)
+        if is_update:
+            task.db.update(values)
+        else:
+            with task.db.batch():
+                for key in sorted(values, key=lambda key: values[key] is None):  # a pop looks, and then the clock may go on
+                    if values[key] is None:
+                        task.db.pop(key, None)
+                    else:
+                        task.db.set(key, values[key], ttl)
+        ledger.acknowledge(chosen)
+        del self.batches[kind]
+
+    def value(self, key, ttl=None):
         """One that nobody has written before."""
         self.counter += 1
-        return b"%s %d " % (key, self.counter) + b"." * self.choose.choice((0, 5, 50, 150, 400))
+        value = b"%s %d " % (key, self.counter) + b"." * self.choose.choice((0, 5, 50, 150, 400))
+        if ttl is not None:
+            self.ledger.ends[value] = self.clock.seconds + ttl
+        return value
 
     def clear(self, task):
         task.doing = "clear"
@@ -503,7 +572,8 @@ class Schedule:
         task.doing = "len"
         self.stop_within()
         floors = self.ledger.floors()
-        self.ledger.judge_count(len(task.db), floors)
+        unfinished = {key: values for changes in self.batches.values() for key, values in changes.items()}
+        self.ledger.judge_count(len(task.db), floors, unfinished)
 
     def iterator(self, task):
         self.open(task, "r")
@@ -547,7 +617,10 @@ class Schedule:
 
     def compare(self, db):
         found = dict(db.items())
-        assert len(db) == len(found)
+        expired = {key for key, history in self.ledger.histories.items() if history.has_expired}
+        assert 0 <= len(db) - len(found) <= len(expired - found.keys())
+        for changes in self.batches.values():
+            self.ledger.judge_batch(changes, found.get)
         assert found.keys() <= self.ledger.histories.keys()
         for key, history in self.ledger.histories.items():
             self.ledger.judge(key, found.get(key), history.floor)

@@ -1,10 +1,11 @@
 """Writers, readers and merges on one database, and a writer killed every 300 ms.
 
-4 writers set, delete and merge, and 3 readers get, test and iterate, for 60 s, in tiny segments. Every 300 ms one of the writers is killed
-with SIGKILL and replaced; only the first one lives on, to show what a long life uses. Values are self-checking (key, sequence number,
-checksum), and a ledger beside the database says which of them are right at each moment. Bounds: no acknowledged write is lost, no value is
-wrong, no reader sees a sequence number go back or misses a key that is never deleted, in a get as in an iteration; no process fails or
-hangs; descriptors and memory of those that live on are flat; at the end the contents are exactly those of the ledger, `check` finds
+4 writers set, delete and merge, write batches, and keys that expire, and 3 readers get, test and iterate, for 60 s, in tiny segments. Every
+300 ms one of the writers is killed with SIGKILL and replaced; only the first one lives on, to show what a long life uses. Values are
+self-checking (key, sequence number, checksum), and a ledger beside the database says which of them are right at each moment. Bounds: no
+acknowledged write is lost, no value is wrong, no reader sees a sequence number go back, a key come back that had expired, or misses a key
+that is never deleted, in a get as in an iteration; of a batch whose writer was killed all is there or nothing; no process fails or hangs;
+descriptors and memory of those that live on are flat; at the end the contents are exactly those of the ledger, `check` finds
 nothing, and an index made anew from the log says the same.
 """
 
@@ -25,13 +26,18 @@ from compat.figures.crowd_roles import (
     RESOURCES,
     SECOND_HALF,
     STOP,
+    TTL,
     Ledger,
     Plan,
     Reader,
     Writer,
+    batches,
+    expires,
     hot_name,
     judge,
     name,
+    place,
+    require_whole,
     value,
 )
 from compat.figures.measure import Verdicts, arguments, workplace
@@ -199,23 +205,32 @@ def flat(crowd: Crowd) -> bool:
 
 def compare(plan: Plan, ledger: Ledger) -> bool:
     """Whether the database has what the ledger says; and so it stays for the next one."""
+    time.sleep(2 * TTL)  # what expires has done so
     wrong, present = 0, 0
     words, begun, acknowledged = ledger.words, ledger.begun, ledger.acknowledged
     with dbm_bitcask.open(plan.database, "w", segment_size=plan.segment_size) as db:
+        for numbers in (each for role in range(plan.writers) for each in batches(plan, role)):
+            try:
+                require_whole(ledger, db, numbers)
+            except ValueError as failure:
+                print(failure)
+                wrong += 1
+        expired = 0
         for number in range(ledger.total):
             found = db.get(name(number))
             present += found is not None
             try:
-                words[acknowledged + number] = words[begun + number] = judge(
-                    number, found, (words[acknowledged + number], words[begun + number])
-                )
+                right = place(words[acknowledged + number], words[begun + number])
+                words[acknowledged + number] = words[begun + number] = judge(number, found, right) // 2
+                expired += found is None and expires(number, words[begun + number])
             except ValueError as failure:
                 print(failure)
                 wrong += 1
         present += sum(hot_name(number) in db for number in range(HOT_KEYS))
         listed = db.keys()
-        if not len(db) == len(listed) == len(set(listed)) == present:
-            print(f"len() says {len(db)}, and {len(listed)} keys are listed, {len(set(listed))} different ones, and get finds {present}")
+        if not len(listed) == len(set(listed)) == present or not 0 <= len(db) - present <= expired:
+            print(f"len() says {len(db)}, and {len(listed)} keys are listed, {len(set(listed))} different ones;", end=" ")
+            print(f"get finds {present}, and {expired} have expired")
             wrong += 1
     return not wrong
 

@@ -4,10 +4,17 @@ The ledger is a file of 64-bit words beside the database, mapped by every proces
 only writer of it, and two words: BEGUN, the sequence number that the owner is about to write, and ACKNOWLEDGED, the last one that it wrote.
 What a sequence number does to its key (set it, or delete it) follows from both, and the value from both, too. So a reader that looks at
 ACKNOWLEDGED before a get and at BEGUN behind it knows every answer that is right.
+
+Some sequence numbers set their key for a short time only. So an answer stands for a place in the history of its key: the sequence number
+doubled, and one more if what it set has expired since. Nobody ever goes back to an earlier place.
+
+The last keys of each writer are written in batches, and in no other way. Readers may see a batch half written, and judge key by key; but
+the writer who comes after one that was killed in a batch finds all of it there, or nothing.
 """
 
 import mmap
 import random
+import time
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
@@ -18,6 +25,10 @@ import dbm_bitcask
 
 DELETES = 5  # every so many sequence numbers a key that may be deleted is deleted
 INDELIBLE = 3  # every so many keys one is never deleted
+EXPIRES = 7  # every so many sequence numbers a key that may be deleted is set for a short time
+TTL = 0.5  # seconds, which is a short time
+BATCH = 12  # keys of one batch
+BATCHED = 10 * BATCH  # keys of each writer that are written in batches
 HOT_KEYS = 16  # that every writer writes
 HOT_BITS = 48  # of a sequence number of a hot key: below the number of its writer
 RESOURCES = 4  # words in which a process leaves what it uses
@@ -92,9 +103,29 @@ def deletes(number: int, sequence: int) -> bool:
     return not sequence or bool(number % INDELIBLE and (number + sequence) % DELETES == 0)
 
 
+def expires(number: int, sequence: int) -> bool:
+    """Whether a sequence number sets its key for a short time."""
+    return bool(number % INDELIBLE and (number + sequence) % EXPIRES == 0) and not deletes(number, sequence)
+
+
+def place(first: int, last: int) -> Range:
+    """The places in the history of a key from one sequence number to another."""
+    return 2 * first, 2 * last + 1
+
+
+def is_there(number: int, position: int) -> bool:
+    """Whether a key is there at a place in its history."""
+    return not position % 2 and not deletes(number, position // 2)
+
+
+def is_missing(number: int, position: int) -> bool:
+    """Whether a key is not there at a place in its history."""
+    return expires(number, position // 2) if position % 2 else deletes(number, position // 2)
+
+
 def value(key: bytes, sequence: int) -> bytes:
     """The value of a key for a sequence number: both, a filler, and a checksum."""
-    body = b"%s %d %s" % (key, sequence, b"." * (zlib.crc32(b"%d" % sequence, len(key)) % 200))
+    body = b"%s %d %s" % (key, sequence, b"." * (zlib.crc32(b"%d" % sequence, len(key)) % 400))
     return body + b"%08x" % zlib.crc32(body)
 
 
@@ -114,9 +145,11 @@ class Writer:
         self.ledger = Ledger(plan)
         self.choose = random.Random(seed)
         self.db = self._open()
+        self.short: dict[int, tuple[int, float, float]] = {}  # keys set for a short time: as what, and between which moments it ends
 
     def _open(self) -> dbm_bitcask.Database:
-        return dbm_bitcask.open(self.plan.database, "w", segment_size=self.plan.segment_size)
+        compress = "zlib" if self.role % 2 else None
+        return dbm_bitcask.open(self.plan.database, "w", segment_size=self.plan.segment_size, compress=compress)
 
     def run(self) -> None:
         count = 0
@@ -127,8 +160,12 @@ class Writer:
                 self.now_and_then()
 
     def step(self) -> None:
-        if self.choose.randrange(10):
-            self.write(self.role * self.plan.keys + min(self.choose.randrange(self.plan.keys) for _ in range(self.choose.choice((1, 4)))))
+        kind = self.choose.randrange(20)
+        plain = self.plan.keys - BATCHED
+        if kind > 2:
+            self.write(self.role * self.plan.keys + min(self.choose.randrange(plain) for _ in range(self.choose.choice((1, 4)))))
+        elif kind == 2:
+            self.write_batch(batches(self.plan, self.role)[self.choose.randrange(BATCHED // BATCH)])
         else:
             self.write_hot(hot_name(self.choose.randrange(HOT_KEYS)))
 
@@ -148,16 +185,50 @@ class Writer:
         words, key = self.ledger.words, name(number)
         begun, acknowledged = self.ledger.begun + number, self.ledger.acknowledged + number
         if words[begun] != words[acknowledged]:
-            judge(number, self.db.get(key), (words[acknowledged], words[begun]))
+            judge(number, self.db.get(key), place(words[acknowledged], words[begun]))
+        elif number in self.short:
+            self.look_at_short(number)
         sequence = words[begun] + 1
         words[begun] = sequence
-        if not deletes(number, sequence):
-            self.db[key] = value(key, sequence)
-        else:
-            self.db.pop(key, None)
+        earliest = time.time() + TTL
+        self.put(number, sequence)
+        if expires(number, sequence):
+            self.short[number] = sequence, earliest, time.time() + TTL
         words[acknowledged] = sequence
         if self.choose.randrange(4) == 0:
-            judge(number, self.db.get(key), (sequence, sequence))
+            judge(number, self.db.get(key), place(sequence, sequence))
+
+    def put(self, number: int, sequence: int) -> None:
+        key = name(number)
+        if deletes(number, sequence):
+            self.db.pop(key, None)
+        elif expires(number, sequence):
+            self.db.set(key, value(key, sequence), ttl=TTL)
+        else:
+            self.db[key] = value(key, sequence)
+
+    def look_at_short(self, number: int) -> None:
+        """A key that was set for a short time is there up to its end, and not from then on; the clock is precise to the millisecond."""
+        sequence, earliest, latest = self.short.pop(number)
+        before = time.time()
+        found = self.db.get(name(number))
+        after = time.time()
+        judge(number, found, place(sequence, sequence))
+        if (found is None and after < earliest - 0.001) or (found is not None and before > latest + 0.001):
+            raise ValueError(f"{name(number)!r} is {found!r}, {before - earliest} s after its time was over")
+
+    def write_batch(self, numbers: range) -> None:
+        """The same for all keys of a batch."""
+        require_whole(self.ledger, self.db, numbers)
+        words, begun, acknowledged = self.ledger.words, self.ledger.begun, self.ledger.acknowledged
+        sequences = {number: words[begun + number] + 1 for number in numbers}
+        for number, sequence in sequences.items():
+            words[begun + number] = sequence
+        with self.db.batch():
+            for number, sequence in sequences.items():
+                self.put(number, sequence)
+        for number, sequence in sequences.items():
+            words[acknowledged + number] = sequence
 
     def write_hot(self, key: bytes) -> None:
         words, counter = self.ledger.words, self.ledger.hot + self.role
@@ -174,23 +245,42 @@ class Writer:
             self.db[key] = value(key, sequence)
 
 
+def batches(plan: Plan, role: int) -> list[range]:
+    """The numbers of the keys that a writer writes together."""
+    end = (role + 1) * plan.keys
+    return [range(first, first + BATCH) for first in range(end - BATCHED, end, BATCH)]
+
+
+def require_whole(ledger: Ledger, db: Mapping[bytes, bytes], numbers: range) -> None:
+    """ValueError if a batch that was begun and never acknowledged is there in part. No writer of it may be at work."""
+    words, done = ledger.words, {}
+    for number in numbers:
+        before, after = words[ledger.acknowledged + number], words[ledger.begun + number]
+        found = db.get(name(number))
+        position = judge(number, found, place(before, after))
+        if before != after and not expires(number, before) and not expires(number, after) and (before or not deletes(number, after)):
+            done[number] = position >= 2 * after
+    if len(set(done.values())) > 1:
+        raise ValueError(f"a batch is there in part: {done}")
+
+
 def judge(number: int, found: bytes | None, right: Range) -> int:
-    """The smallest sequence number within a range that a value, or its absence, can be from; ValueError if there is none."""
+    """The first place within a range of the history that a value, or its absence, can be from; ValueError if there is none."""
     key, (first, last) = name(number), right
     if found is not None:
-        sequence = sequence_of(key, found)
-        if first <= sequence <= last:
-            return sequence
-        raise ValueError(f"{key!r} has sequence number {sequence}, and not one of {first} to {last}")
-    for sequence in range(first, last + 1):
-        if deletes(number, sequence):
-            return sequence
-    raise ValueError(f"{key!r} is missing, and {first} to {last} do not delete it")
+        position = 2 * sequence_of(key, found)
+        if first <= position <= last:
+            return position
+        raise ValueError(f"{key!r} has sequence number {position / 2}, and not one of {first / 2} to {last / 2}")
+    for position in range(first, last + 1):
+        if is_missing(number, position):
+            return position
+    raise ValueError(f"{key!r} is missing, and {first / 2} to {last / 2} neither delete it nor expire")
 
 
 def may_miss(number: int, first: int, last: int) -> bool:
-    """Whether a sequence number within a range deletes the key."""
-    return any(deletes(number, sequence) for sequence in range(first, last + 1))
+    """Whether a sequence number within a range deletes the key, or sets it for a short time."""
+    return any(deletes(number, sequence) or expires(number, sequence) for sequence in range(first, last + 1))
 
 
 class Reader:
@@ -225,14 +315,15 @@ class Reader:
 
     def accept(self, number: int, found: bytes | None, first: int) -> None:
         last = self.ledger.words[self.ledger.begun + number]
-        self.seen[number] = judge(number, found, (max(first, self.seen[number]), last))
+        self.seen[number] = judge(number, found, (max(2 * first, self.seen[number]), 2 * last + 1))
 
     def contains(self, number: int) -> None:
         words = self.ledger.words
         first = words[self.ledger.acknowledged + number]
         there = name(number) in self.db
         last = words[self.ledger.begun + number]
-        if all(deletes(number, sequence) is there for sequence in range(max(first, self.seen[number]), last + 1)):
+        is_right = is_there if there else is_missing
+        if not any(is_right(number, position) for position in range(max(2 * first, self.seen[number]), 2 * last + 2)):
             raise ValueError(f"{name(number)!r} {'is' if there else 'is not'} in the database, against {first} to {last}")
 
     def get_hot(self, key: bytes) -> None:

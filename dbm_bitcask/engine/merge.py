@@ -280,8 +280,8 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
 
     The loop is written out for plain records: half of what is written is cleaned by it (`python -m compat.figures.overwrites`).
     """
-    if victim.id not in log.entries:
-        return victim.length  # somebody else merged or cleared it away
+    if victim.id not in log.entries or rotation.cleaning_of(log, victim):
+        return victim.length  # somebody else merged or cleared it away; or cleaned it, and a rotation within this slice would drop it
     data, salt, end = log.whole(victim), victim.salt, victim.length
     behind = rotation.is_behind_cleaned(log, victim)
     xxh3, unpack, last = xxh3_64_intdigest, HEADER.unpack_from, end - HEADER.size

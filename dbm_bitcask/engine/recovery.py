@@ -277,6 +277,8 @@ def _fits_log(log: Log, words: at.Words) -> bool:
 
 
 def _is_whole(file: File, offset: int, length: int, salt: int) -> bool:
+    if offset + length > file.size():
+        return False  # a length that is not verified yet may be anything
     try:
         return record.decode(file.read(length, offset), 0, salt ^ offset) is not None
     except record.BadRecord:

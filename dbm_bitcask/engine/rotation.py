@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .log import Log
 
 __all__ = [
-    "CLEANED", "CLEANED_BEHIND", "KEPT", "SEAL_LENGTH", "clear", "cleaned", "commit", "dead_bytes", "drop", "finish_commit",
+    "CLEANED", "CLEANED_BEHIND", "KEPT", "SEAL_LENGTH", "cleaning_of", "clear", "cleaned", "commit", "dead_bytes", "drop", "finish_commit",
     "is_behind_cleaned", "leave", "publish_manifest", "relist", "rotate", "seal_behind", "sweep", "total",
 ]  # fmt: skip
 
@@ -136,7 +136,7 @@ def cleaned(log: Log) -> set[int]:
     gone: set[int] = set()
     are_all = True
     for entry in log.manifest.segments[:-1]:
-        state = _cleaning_of(log, entry)
+        state = cleaning_of(log, entry)
         if state == CLEANED or (state == CLEANED_BEHIND and are_all):
             gone.add(entry.id)
         else:
@@ -149,12 +149,12 @@ def is_behind_cleaned(log: Log, victim: Entry) -> bool:
     for entry in log.manifest.segments:
         if entry.id == victim.id:
             return True
-        if not _cleaning_of(log, entry):
+        if not cleaning_of(log, entry):
             return False
     return False
 
 
-def _cleaning_of(log: Log, entry: Entry) -> int:
+def cleaning_of(log: Log, entry: Entry) -> int:
     """CLEANED or CLEANED_BEHIND, or 0 while something in the segment may count.
 
     Not by the mark alone, nor by the count of what lives alone: in a keydir that is in use a bit may have flipped in either.
