@@ -85,8 +85,8 @@ def open(
     Windows, 32 bits, PyPy and network file systems; one process writes at a time, for as long as it has the database open; an open reads
     all keys, which then take memory; a fork does not share the handle) or "auto", the first that can be had.
 
-    `merge` says who gives back the space of what was overwritten and deleted. "auto": those who write, a few milliseconds now and then, so
-    that at most about half of the log is dead; "thread": they do, and besides a thread of this process while it is idle, down to a
+    `merge` says who gives back the space of what was overwritten and deleted. "auto": those who write, some milliseconds now and then, so
+    that about half of the log is dead; "thread": they do, and besides a thread of this process while it is idle, down to a
     quarter; "manual": whoever calls `merge` or `reorganize`.
 
     `compress` is "zlib", "zstd" (in the standard library from Python 3.14 on; before it needs `dbm-bitcask[zstd]`) or None: how this handle
@@ -373,7 +373,7 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         return self._call(store.__len__ if batch is None else batch.count)
 
     def __iter__(self) -> Iterator[bytes]:
-        """The keys, in the order in which they were last written."""
+        """The keys, in the order of the log: that in which they were last written, or moved by a merge."""
         store = self._open_store()
         return self._guarded((self._batch() or store).keys())
 
@@ -546,7 +546,10 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         and then. Raises `error`; nothing stands at `path` then. O(keys), for the index, and the bytes of what cannot be shared.
         """
         store = self._outside_of_a_batch("backup")
-        self._call(store.backup, os.path.abspath(os.fsdecode(path)), progress)  # noqa: PTH100  (also bytes)
+        given = os.fsdecode(path)
+        if not given:  # which abspath would take for the working directory
+            raise NotFoundError(2, "no path to back up to", given)
+        self._call(store.backup, os.path.abspath(given), progress)  # noqa: PTH100  (also bytes)
 
     def stats(self) -> Stats:
         """Sizes and counts. O(segments and pages of the index)."""

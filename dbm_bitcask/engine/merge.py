@@ -320,7 +320,7 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
 
 
 def _is_dead(log: Log, data: Buffer, location: int, end: int) -> bool:
-    """Whether no slot points at a large record: then it is not read. If a flipped bit says so, the count of what lives keeps the segment."""
+    """Whether no slot points at a large record: then it is not read. If a flipped bit says so, the count of what lives is not 0."""
     offset = location & MASK32
     head = record.decode_head(data, offset)
     if head is None or head.flags & (contents.OVERHEAD | TOMBSTONE) or offset + head.length > end:
