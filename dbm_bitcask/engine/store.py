@@ -72,9 +72,10 @@ class Stats:
     """The state of a database, as of one moment. Sizes are in bytes.
 
     `live_bytes` are those of records that count, also if they have expired, `dead_bytes` those that nobody needs, `tombstone_bytes` those
-    of deletions that still have to be remembered; `disk_bytes` is what all files of the database take; `index_load` is the part of the index's slots that
-    is in use. `merged_at` is the second since 1970 when a merge was last through with a segment, None if none was; `reclaimed_bytes` are
-    those of the segments that merges have deleted, `copied_bytes` what they wrote for it: all three since the index was built.
+    of deletions that still have to be remembered; `disk_bytes` is what all files of the database take; `index_load` is the part of the
+    index's slots that is in use. `merged_at` is the second since 1970 when a merge was last through with a segment, None if none was;
+    `reclaimed_bytes` are those of the segments that merges have deleted, `copied_bytes` what they wrote for it: all three since the index
+    was built.
     """
 
     keys: int
