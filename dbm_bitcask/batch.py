@@ -126,7 +126,7 @@ class Batch:
     def count(self) -> int:
         """The number of keys. O(keys that are pending)."""
         store = self._store
-        change = sum([(what.value is not None) - store.contains(key) for key, what in self.pending.items()])
+        change = sum([(what.written is not None) - store.log.counts(key) for key, what in self.pending.items()])
         return len(store) + change
 
     def keys(self) -> Iterator[bytes]:

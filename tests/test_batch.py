@@ -833,6 +833,11 @@ def test_batch_holds_keys_that_expire(db, monkeypatch):
     assert expiry.expired_bytes(words, row, (10**18 + 61 * 10**9) // 10**6) > 0
     clock[0] += 40 * 10**9
     assert dict(db) == {b"session": b"ada"}
+    before = len(db)  # which counts what has expired
+    with db.batch():
+        db[b"plain"] = b"again"
+        assert len(db) == before
+    assert len(db) == before
 
 
 def test_batch_and_update_compress_what_they_write(path):

@@ -208,6 +208,31 @@ def test_updates_do_not_outgrow_the_merge(path, keys):
         assert db[b"7"] == b"%d" % turn * 20
 
 
+@pytest.mark.usefixtures("every_write_pays")
+@pytest.mark.parametrize("by_hand", [False, True], ids=["online", "all at once"])
+def test_record_that_is_larger_than_a_segment_is_never_moved_only_dropped(db, monkeypatch, by_hand):
+    """Redteam 35: copying it would take the lock for as long as that takes."""
+    monkeypatch.setattr(merge, "_TOO_LARGE", 0)
+    db[b"large"] = b"." * 2 * SMALL
+    first = db._log.manifest.active.id
+    for number in range(3000):  # so many tombstones that all that is older is worth moving
+        db[b"%d" % number] = b""
+        del db[b"%d" % number]
+    if by_hand:
+        db.reorganize()
+    assert first in db._log.entries
+    assert db[b"large"] == b"." * 2 * SMALL
+    before = db.stats().copied_bytes
+    db[b"large"] = b"small"
+    fill(db, range(80))
+    fill(db, range(80), turn=1)
+    if by_hand:
+        db.reorganize()
+    assert first not in db._log.entries
+    assert db.stats().copied_bytes - before < 2 * SMALL
+    assert db[b"large"] == b"small"
+
+
 # What is in it
 
 

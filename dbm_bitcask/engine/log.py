@@ -376,8 +376,12 @@ class Log:
         match = self._search(key, self._match)
         return match if match[0] else None
 
-    def _search(self, key: bytes, match: Callable[[bytes, list[int]], Match]) -> Match:
-        """What `match` makes of the locations of a key, of one moment; (0, None) if its record has expired."""
+    def counts(self, key: bytes) -> bool:
+        """Whether a key is one of those that are counted: it is there, or has expired and was not deleted yet. Right without the lock."""
+        return self._search(key, self._match, expired=True)[0] != 0
+
+    def _search(self, key: bytes, match: Callable[[bytes, list[int]], Match], *, expired: bool = False) -> Match:
+        """What `match` makes of the locations of a key, of one moment; (0, None) if its record has expired, unless that is asked for."""
         self.look_beside()
         while True:
             if not self.is_current():
@@ -399,7 +403,7 @@ class Log:
                 continue
             if words[at.EPOCH] == epoch == self.epoch:
                 self.require_undamaged(found[0])
-                return (0, None) if found[1] is not None and is_expired(found[1]) else found
+                return (0, None) if found[1] is not None and is_expired(found[1]) and not expired else found
 
     def _match(self, key: bytes, candidates: list[int]) -> Match:
         """The location with this key; its value is not read, but if it expires: no key is called gone by bytes that were not verified."""

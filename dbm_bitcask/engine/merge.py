@@ -8,7 +8,8 @@ For each victim, a sealed segment:
        appended again if its key is still absent. Dropping it earlier would bring an older value back at the next rebuild.
        A tombstone takes the place of a record that has expired.
     3. When the last record has been looked at, the victim's row is marked as cleaned (`rotation.CLEANED`, `CLEANED_BEHIND`). Nothing in it
-       can come to count again. One with damage in it is marked as kept.
+       can come to count again. One with damage in it is marked as kept, and one with a record that is too large to be moved as left: when
+       nothing in it counts any more, it is cleaned.
     4. Whoever starts a new segment next leaves the cleaned ones out of the manifest that it commits, which costs nothing more; if they are
        many, or somebody asked for the merge, they are dropped by a commit of their own. Before either the active segment is synced: what
        was copied is durable before the victim goes. A crash between commit and unlink leaves a file that nobody lists; the next writer
@@ -54,6 +55,7 @@ _MANY_TOMBSTONES = 4  # one over the part of the log from which on they are many
 _WORTH = 64  # a victim gives back at least the 64th part of itself, or is small enough to be joined with another
 _WORTH_WRITING = 2**22  # bytes that may be dead whatever the rest: below, the fsyncs of a rotation would cost more than the space
 _SPARE = 2**20  # bytes of the disk that are not for a merge, which nobody asked for
+_TOO_LARGE = 2**24  # bytes of a record that is never moved, if it is larger than a segment, too: it would take the lock for too long
 _MANY_SMALL = 32  # segments that there may be beyond those that the bytes of the log need
 _ONE_IN = 256  # writes, of which one pays for all
 _LARGE = 2**11  # bytes that a write makes dead; one that makes twice as many pays twice as often
@@ -164,9 +166,10 @@ def _survey(log: Log) -> _Survey:
     may_copy = max(0, log.directory.free_bytes() - _SPARE)  # on a full disk, only what needs no copying: it gives space back at once
     for entry in log.manifest.segments[:-1]:
         state = words[rows[entry.id] + at.ROW_MERGED] ^ entry.salt
-        if state == rotation.KEPT:
-            many = False  # tombstones behind it never go
-        if state in (rotation.CLEANED, rotation.CLEANED_BEHIND, rotation.KEPT):
+        stays = state == rotation.KEPT or (state == rotation.LEFT and rotation.lives_in(log, entry))
+        if stays:
+            many = False  # so do tombstones behind it
+        if stays or state in (rotation.CLEANED, rotation.CLEANED_BEHIND):
             continue
         gone = rotation.dead_bytes(log, entry)
         total += entry.length
@@ -276,7 +279,7 @@ def _drop_cleaned(log: Log) -> int:
 
 
 def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> int:
-    """Look at some records of the victim from `offset` on: where the next slice begins; 0 if there is damage, which is never dropped.
+    """Look at some records of the victim from `offset` on: where the next slice begins; 0 if it has to stay.
 
     The loop is written out for plain records: half of what is written is cleaned by it (`python -m compat.figures.overwrites`).
     """
@@ -293,6 +296,8 @@ def _clean_slice(log: Log, victim: Entry, offset: int, limit: int = _SLICE) -> i
         if size > write.LARGE and _is_dead(log, data, victim.id << 32 | offset, end):
             offset += CHECKSUM_SIZE + size
             continue
+        if CHECKSUM_SIZE + size > max(log.segment_size, _TOO_LARGE) and not flags & BATCH:
+            return _finish(log, victim, rotation.LEFT)
         source = data if size <= write.LARGE else memoryview(data)  # which is not copied
         body = source[offset + CHECKSUM_SIZE : offset + CHECKSUM_SIZE + size]
         if len(body) < max(size, BODY.size) or xxh3(body, salt ^ offset) != checksum:
@@ -341,4 +346,4 @@ def _finish(log: Log, victim: Entry, state: int) -> int:
     if words[row] ^ victim.salt not in (rotation.CLEANED, rotation.CLEANED_BEHIND):  # which others may rely on
         words[row] = state ^ victim.salt
     words[at.MERGED_AT] = int(time()) & MASK32
-    return 0 if state == rotation.KEPT else victim.length
+    return 0 if state in (rotation.KEPT, rotation.LEFT) else victim.length

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .log import Log
 
 __all__ = [
-    "CLEANED", "CLEANED_BEHIND", "KEPT", "SEAL_LENGTH", "cleaning_of", "clear", "cleaned", "commit", "dead_bytes", "drop", "finish_commit",
-    "is_behind_cleaned", "leave", "publish_manifest", "relist", "rotate", "seal_behind", "sweep", "total",
+    "CLEANED", "CLEANED_BEHIND", "KEPT", "LEFT", "SEAL_LENGTH", "cleaned", "cleaning_of", "clear", "commit", "dead_bytes", "drop",
+    "finish_commit", "is_behind_cleaned", "leave", "lives_in", "publish_manifest", "relist", "rotate", "seal_behind", "sweep", "total",
 ]  # fmt: skip
 
 SEAL_LENGTH = record.record_length(record.SEAL, 0, 0)
@@ -44,6 +44,7 @@ SEAL_LENGTH = record.record_length(record.SEAL, 0, 0)
 CLEANED = 1  # nothing in it counts: it can go
 CLEANED_BEHIND = 2  # the same, but for tombstones that are needed as long as an older segment is listed
 KEPT = 3  # there is damage in it: it never goes
+LEFT = 4  # a record that counts is too large to be moved: it stays as long as anything in it counts
 
 
 def rotate(log: Log, *, sealed: bool = False) -> None:
@@ -159,10 +160,14 @@ def cleaning_of(log: Log, entry: Entry) -> int:
 
     Not by the mark alone, nor by the count of what lives alone: in a keydir that is in use a bit may have flipped in either.
     """
+    state: int = log.keydir.words[log.rows[entry.id] + at.ROW_MERGED] ^ entry.salt
+    return state if state in (CLEANED, CLEANED_BEHIND) and not lives_in(log, entry) else 0
+
+
+def lives_in(log: Log, entry: Entry) -> int:
+    """The bytes of the records of a sealed segment that count, expired ones too, but no tombstones."""
     words, row = log.keydir.words, log.rows[entry.id]
-    state: int = words[row + at.ROW_MERGED] ^ entry.salt
-    lives = entry.length - segment.FIRST_RECORD - words[row + at.ROW_DEAD] - words[row + at.ROW_TOMBSTONES]
-    return state if state in (CLEANED, CLEANED_BEHIND) and not lives else 0
+    return int(entry.length - segment.FIRST_RECORD - words[row + at.ROW_DEAD] - words[row + at.ROW_TOMBSTONES])
 
 
 def _tail_offset(log: Log) -> int:
