@@ -859,3 +859,68 @@ def test_batches_pay_for_the_merge(path):
             db.update({b"key %d" % number: b"%d " % turn * 300 for number in range(60)})
         assert db.stats().reclaimed_bytes > 10 * 64 * 1024
         assert db.stats().log_bytes < 5 * 60 * 1000
+
+
+# In doubt, after a sync that failed
+
+
+def fail_to_sync(db):
+    def fail():
+        raise OSError(errno.EIO, "the disk does not answer")
+
+    with pytest.raises(OSError, match="does not answer"):
+        db._log.durable(fail)
+    abandon(db)
+
+
+def batches_on_disk(path):
+    """The keys of each batch in the newest segment with records, and those that stand in none."""
+    for file in sorted(path.glob("*.data"), reverse=True):
+        data = file.read_bytes()
+        salt = int.from_bytes(data[16:24], "little")
+        found = list(segment.scan(data, salt, segment.FIRST_RECORD, len(data)))
+        if found:
+            batches = [one for one in found if one.record.flags & BATCH]
+            inner = [[kept.record.key for kept in segment.scan(data, salt, one.offset + HEADER.size, one.record.end)] for one in batches]
+            return inner, [one.record.key for one in found if one.record.key]
+    return [], []
+
+
+def test_batch_that_is_in_doubt_is_written_again_as_a_batch(path):
+    """Record by record, a power cut within that would leave a half of it."""
+    db = dbm_bitcask.open(path, merge="manual")
+    db.update({b"1": b"old", b"2": b"old", b"gone": b"old"})
+    db.sync()
+    db[b"before"] = b"value"
+    with db.batch():
+        db[b"1"], db[b"3"] = b"new", b"new"
+        del db[b"gone"]
+    db[b"2"] = b"behind"
+    fail_to_sync(db)
+    with dbm_bitcask.open(path, "w") as db:
+        assert dict(db) == {b"1": b"new", b"2": b"behind", b"3": b"new", b"before": b"value"}
+        assert len(db) == 4
+        inner, single = batches_on_disk(path)
+        assert inner == [[b"1", b"3", b"gone"]]
+        assert single == [b"before", b"2"]
+    for file in [path / "keydir", *path.glob("*.hint")]:
+        file.unlink(missing_ok=True)
+    assert dict(dbm_bitcask.open(path, "r")) == {b"1": b"new", b"2": b"behind", b"3": b"new", b"before": b"value"}
+
+
+def test_bytes_of_a_batch_that_expire_are_noted_before_it_is_published(db, monkeypatch):
+    """Of a writer that died in between, nobody knew that they would; so their space never came back."""
+
+    class Died(BaseException):
+        pass
+
+    def die(*_):
+        raise Died
+
+    monkeypatch.setattr(batch, "_publish", die)
+    with pytest.raises(Died), db.batch():
+        db.set(b"1", b"." * 500, ttl=1)
+        db.set(b"2", b"." * 500, ttl=1)
+    monkeypatch.undo()
+    words, row = db._log.keydir.words, db._log.rows[db._log.manifest.active.id]
+    assert expiry.expired_bytes(words, row, expiry.now() + 10_000) > 1000

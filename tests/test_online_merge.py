@@ -434,3 +434,28 @@ def test_merge_option_is_checked(path):
     with pytest.raises(ValueError, match="merge must be 'auto', 'thread' or 'manual', not 'never'"):
         dbm_bitcask.open(path, merge="never")
     assert not path.exists()
+
+
+def test_nothing_is_dropped_while_what_was_copied_out_of_it_is_in_doubt(path, monkeypatch):
+    """A sync of the segment that has the copies failed; whoever writes them again needs a new segment on the way."""
+    with dbm_bitcask.open(path, segment_size=SMALL, merge="manual") as db:
+        fill(db, range(300))
+    db = dbm_bitcask.open(path, "w", merge="manual")
+    fill(db, range(0, 300, 2), turn=1)
+    victim = db._log.manifest.segments[0]
+    db._store.locked(merge._clean_slice, victim, 32, 10**6)
+    assert rotation.cleaned(db._log) == {victim.id}
+
+    def fail():
+        raise OSError(errno.EIO, "the disk does not answer")
+
+    with pytest.raises(OSError, match="does not answer"):
+        db._log.durable(fail)
+    crashes.abandon(db)
+    dropped, rotated, unlink, rotate = [], [], rotation._unlink, rotation.rotate
+    monkeypatch.setattr(rotation, "_unlink", lambda log, gone, bytes_: dropped.extend(gone) or unlink(log, gone, bytes_))
+    monkeypatch.setattr(rotation, "rotate", lambda log, **how: rotated.append(1) or rotate(log, **how))
+    with dbm_bitcask.open(path, "w", segment_size=SMALL, merge="manual") as db:
+        assert rotated
+        assert dropped == []
+        assert {key: data.split()[0] for key, data in db.items()} == {b"key %d" % n: b"1" if n % 2 == 0 else b"0" for n in range(300)}
