@@ -91,16 +91,26 @@ def written(db: dbm_bitcask.Database, fd: int, count: int, values: list[bytes], 
 
 
 def read(db: dbm_bitcask.Database, fd: int, count: int, values: list[bytes]) -> Times:
-    """Read them in random order, twice: the first time every page is new to the map, and does not count."""
+    """Read them in random order, now the one first and now the other; twice, for the first time every page is new to the map."""
     size = len(values[0])
+
+    def read_plain(number: int) -> bytes:
+        return os.pread(fd, size, number * size)
+
+    def read_ours(number: int) -> bytes:
+        return db[b"%d" % number]
+
     for turn in range(2):
         times = Times([], [])
+        both = [(times.plain, read_plain), (times.ours, read_ours)]
         order = random.Random(turn).sample(range(count), count)
-        for number, other in zip(order, reversed(order), strict=True):
-            times.plain.append(seconds(os.pread, fd, size, other * size))
-            times.ours.append(seconds(db.__getitem__, b"%d" % number))
-            if db[b"%d" % number] != values[number % len(values)]:
-                raise RuntimeError("wrong value")
+        for pair in zip(order, reversed(order), strict=True):  # none reads what the other has just read
+            for (taken, look), number in zip(both, pair, strict=True):
+                taken.append(seconds(look, number))
+            both.reverse()
+    for number in range(count):
+        if db[b"%d" % number] != values[number % len(values)]:
+            raise RuntimeError("wrong value")
     return times
 
 
