@@ -169,7 +169,7 @@ def test_loop_of_popitem_takes_every_key_that_is_there_and_none_that_has_expired
     with pytest.raises(KeyError):
         while True:
             taken.append(db.popitem()[0])
-    assert taken == [b"key %d" % number for number in range(0, 60, 3)]
+    assert sorted(taken) == sorted(b"key %d" % number for number in range(0, 60, 3))  # a merge may have changed their order
 
 
 def test_shelf_takes_an_expired_key_for_absent(path, clock):
