@@ -549,7 +549,10 @@ class Database(_Container, MutableMapping[bytes, bytes]):
         given = os.fsdecode(path)
         if not given:  # which abspath would take for the working directory
             raise NotFoundError(2, "no path to back up to", given)
-        self._call(store.backup, os.path.abspath(given), progress)  # noqa: PTH100  (also bytes)
+        target = os.path.abspath(given)  # noqa: PTH100  (also bytes)
+        if os.path.realpath(target).startswith(os.path.realpath(self._path) + os.sep):
+            raise error(22, "a backup cannot stand within its database", given)
+        self._call(store.backup, target, progress)
 
     def stats(self) -> Stats:
         """Sizes and counts. O(segments and pages of the index)."""

@@ -242,3 +242,13 @@ def test_closed_database_has_no_backup(db, there):
     db.close()
     with pytest.raises(dbm_bitcask.error):
         db.backup(there)
+
+
+@pytest.mark.parametrize("where", ["", "db", "db/within", "db/../db/within"])
+def test_backup_to_no_path_or_into_the_database_itself_is_an_error(db, path, monkeypatch, where):
+    monkeypatch.chdir(path.parent)
+    db[b"key"] = b"value"
+    before = sorted(path.iterdir())
+    with pytest.raises(dbm_bitcask.error):
+        db.backup(where)
+    assert sorted(path.iterdir()) == before
