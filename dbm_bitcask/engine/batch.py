@@ -193,11 +193,11 @@ def _append(log: Log, items: list[Item], hashes: list[int]) -> _Run:
     offset = tail & MASK32
     frame[:CHECKSUM_SIZE] = _U64.pack(xxh3_64_intdigest(memoryview(frame)[CHECKSUM_SIZE:], log.salt ^ offset))
     log.active.write(frame, offset)  # not as bytes, which would be a copy
-    exact = {number: flags_of(item) for number, item in enumerate(items) if item[1] is None or item[2] & _EXACT}
+    exact = {number: _flags(item) for number, item in enumerate(items) if item[1] is None or item[2] & _EXACT}
     return _Run([item[0] for item in items], exact, hashes, starts, frame, tail)
 
 
-def flags_of(item: Item) -> int:
+def _flags(item: Item) -> int:
     return TOMBSTONE if item[1] is None else item[2]
 
 

@@ -395,7 +395,7 @@ def _append_again(log: Log, base: int, records: Iterable[segment.Found]) -> None
         end = end if offset < end else 0
         if found.flags & BATCH:
             end = found.end
-        elif end and write.counts(log, base | offset, found):
+        elif end and write.place_if_counts(log, base | offset, found) is not None:
             value = None if found.flags & TOMBSTONE else bytes(found.value)
             kept.append((found.key, value, found.flags & ~SYNCED, found.expiry))
         elif not end and not found.flags & contents.OVERHEAD:

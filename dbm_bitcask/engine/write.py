@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .record import Value
 
 __all__ = [
-    "LARGE", "Place", "append", "bury", "counts", "delete", "keep", "locate", "make_room", "mark", "move", "publish", "publish_mark",
-    "publish_run", "put", "put_new", "settle",
+    "LARGE", "Place", "append", "bury", "delete", "keep", "locate", "make_room", "mark", "move", "place_if_counts", "publish",
+    "publish_mark", "publish_run", "put", "put_new", "settle",
 ]  # fmt: skip
 
 _COUNTERS = struct.Struct("=6Q")  # TAIL, COUNT, TOMBSTONES, CHECKSUM, ROW, DEAD: START follows by itself
@@ -172,9 +172,10 @@ def bury(log: Log, place: Place, key: bytes) -> None:
     publish(log, place, start, length, checksum, flags=TOMBSTONE)
 
 
-def counts(log: Log, location: int, found: record.Record) -> bool:
-    """Whether a record counts: its slot points at it, or it is a tombstone whose key is still absent."""
-    return locate(log, found.key, room=False).location == (0 if found.flags & TOMBSTONE else location)
+def place_if_counts(log: Log, location: int, found: record.Record) -> Place | None:
+    """The place of a record that counts: its slot points at it, or it is a tombstone whose key is still absent. Else None."""
+    place = locate(log, found.key, room=False)
+    return place if place.location == (0 if found.flags & TOMBSTONE else location) else None
 
 
 def keep(log: Log, location: int, found: record.Record) -> bool:
@@ -182,8 +183,8 @@ def keep(log: Log, location: int, found: record.Record) -> bool:
 
     In the place of one that has expired stands a tombstone: what is older must not come back.
     """
-    place = locate(log, found.key, room=False)
-    if place.location != (0 if found.flags & TOMBSTONE else location):
+    place = place_if_counts(log, location, found)
+    if place is None:
         return False
     if is_expired(found):
         bury(log, place, found.key)
